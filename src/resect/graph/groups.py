@@ -1,0 +1,141 @@
+"""Coupled groups and what a network costs as a function of how many of their units stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from resect.errors import UsageError, nearest
+from resect.graph.atoms import Atom, Axis, kept_length
+from resect.graph.blocks import Blocks
+
+KINDS = ("heads", "channels", "residual", "blocks")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of a coupled group: the slices of one parameter that belong to it.
+
+    Row ``u`` of ``index`` lists the positions along ``axis`` that unit ``u`` owns: an MLP channel owns one,
+    a KV group of heads ``queries * head_dim`` of them, a head in a fused projection several runs of ``head_dim``.
+    """
+
+    parameter: str
+    axis: int
+    index: Tensor  # [units, width], long
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slices that must go together, for one family of units.
+
+    ``mixed`` names the normalisations whose statistics run over the units: what stays is normalised by itself.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    units: int
+    members: tuple[Member, ...]
+    mixed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis, or a part of one, that is kept whole, and why."""
+
+    parameter: str
+    axis: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The length of an axis: `size` positions, of which each unit of a group owns `widths[group]`."""
+
+    size: int
+    widths: Mapping[str, int]
+
+    def left(self, removed: Mapping[str, int]) -> int:
+        """Positions that stay when so many units of each group are removed."""
+        return self.size - sum(width * removed.get(group, 0) for group, width in self.widths.items())
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of axis lengths: the entries of one parameter, or the multiplications of one contraction."""
+
+    factors: tuple[Factor, ...]
+    owner: str = ""  # the block it disappears with
+    layer: int | None = None
+    batch: int = 0  # power of the batch size
+    tokens: int = 0  # power of the sequence length
+
+    def value(self, removed: Mapping[str, int], *, batch: int = 1, tokens: int = 1) -> int:
+        """The product when so many units of each group are removed."""
+        if removed.get(self.owner, 0):
+            return 0
+        return prod((f.left(removed) for f in self.factors), start=batch**self.batch * tokens**self.tokens)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator of the traced run, where it ran, and the axes of what it put out."""
+
+    name: str
+    where: str
+    outputs: tuple[tuple[Axis, ...], ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Witness:
+    """Every operator of the dense run, so that the run of a cut network can be held against it."""
+
+    operations: tuple[Operation, ...]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    groups: Mapping[Atom, str]
+
+    def shapes(self, operation: Operation, kept: Mapping[Atom, int]) -> list[tuple[int, ...]]:
+        """The shapes that an operator must put out when leaf atoms shrink to the given sizes."""
+        return [tuple(kept_length(axis, kept) for axis in axes) for axes in operation.outputs]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything discovery knows of a network: its coupled groups, what is frozen, and what its parts cost."""
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    blocks: Blocks
+    parameters: Mapping[str, Term]
+    contractions: tuple[Term, ...]
+    witness: Witness
+    _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({group.name: group for group in self.groups})
+
+    def group(self, name: str) -> Group:
+        """The group of a name; an unknown one is a `UsageError` that names the nearest."""
+        if name not in self._by_name:
+            raise UsageError(f"The network has no coupled group {name!r}. {nearest(name, self._by_name)}")
+        return self._by_name[name]
+
+    def of_kind(self, *kinds: str) -> list[Group]:
+        """The groups of some kinds, in the order of the network."""
+        return [group for group in self.groups if group.kind in kinds]
+
+    def parameter_count(self, removed: Mapping[str, int] | None = None, *, blocks_only: bool = False) -> int:
+        """Parameters that stay, tied ones counted once; of the blocks alone if asked."""
+        terms = self.parameters.values()
+        return sum(term.value(removed or {}) for term in terms if term.layer is not None or not blocks_only)
+
+    def macs(self, removed: Mapping[str, int] | None = None, *, batch: int = 1, tokens: int = 64) -> int:
+        """Multiply-accumulates of one forward pass over `[batch, tokens]`, attention products included."""
+        return sum(term.value(removed or {}, batch=batch, tokens=tokens) for term in self.contractions)

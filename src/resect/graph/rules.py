@@ -1,0 +1,470 @@
+"""Operator rules: what each aten operator demands of the axes of its inputs, and the axes of its outputs.
+
+A rule takes a `Call` and returns the axes of every tensor it puts out. An operator without a rule freezes every axis
+that reaches it. `op_rule` adds rules from user code; it is the only registry in the house.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from resect.graph.atoms import Axis, Misaligned, concatenate, freeze, fresh, join, leaves, length, mark, narrow, reshape
+
+Axes = list[Axis]
+"""The axes of one tensor, outermost first."""
+
+
+@dataclass
+class Call:
+    """One operator call under trace: its arguments, its results, and the axes known of each tensor."""
+
+    name: str
+    where: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+    axes_of: Callable[[Tensor], Axes]
+    contractions: list[tuple[str, tuple[Axis, ...]]] = field(default_factory=list)
+
+    @property
+    def site(self) -> str:
+        """The operator and the module it ran in, for people."""
+        return f"{self.name} in {self.where or 'the model'}"
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, lists included."""
+        found: list[Tensor] = []
+        for value in (*self.args, *self.kwargs.values()):
+            found.extend(item for item in (value if isinstance(value, list | tuple) else (value,)) if _is_tensor(item))
+        return found
+
+    def link(self, left: Axis, right: Axis) -> None:
+        """Unites two axes; where they cannot be aligned, both are kept whole."""
+        try:
+            join(left, right)
+        except Misaligned:
+            freeze((*left, *right), f"positions that cannot be matched at {self.site}")
+
+
+Rule = Callable[[Call], list[Axes]]
+_RULES: dict[str, Rule] = {}
+
+
+def op_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for aten or custom operators by name (`"aten.mm"`, `"mylib.gated"`), replacing any older one.
+
+    The rule gets a `Call` and gives the axes of each output tensor. It must unite (`call.link`) whatever has to be cut
+    together and freeze (`resect.graph.freeze`) whatever must stay whole. Wrong rules destroy models: test cut == mask.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def apply(call: Call, overload: Any) -> list[Axes]:
+    """The axes of a call's outputs, by its rule; without one everything that reaches it is frozen."""
+    rule = _RULES.get(call.name)
+    if rule is None and torch.Tag.pointwise in overload.tags:
+        rule = pointwise
+    if rule is None:
+        return _freeze_all(call, f"no rule for {call.site}")
+    try:
+        axes = rule(call)
+    except Misaligned as problem:
+        return _freeze_all(call, f"{problem} at {call.site}")
+    for output, found in zip(call.outputs, axes, strict=True):
+        assert tuple(output.shape) == tuple(map(length, found)), f"rule of {call.name}: {output.shape} against {found}"
+    return axes
+
+
+def _freeze_all(call: Call, reason: str) -> list[Axes]:
+    for tensor in call.tensors():
+        for axis in call.axes_of(tensor):
+            freeze(axis, reason)
+    return [[fresh(size, reason) for size in output.shape] for output in call.outputs]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _dims(call: Call, dims: Any, rank: int) -> list[int]:
+    """Dimensions as non-negative numbers; none given means all."""
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)] if rank else []
+
+
+def _input(call: Call) -> Axes:
+    return list(call.axes_of(call.args[0]))
+
+
+# -- element by element ------------------------------------------------------------------------------------------------
+
+
+@op_rule("aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.contiguous")
+@op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
+@op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
+@op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num")
+def pointwise(call: Call) -> list[Axes]:
+    """Every output position depends on the same position of every input, sizes of one broadcast."""
+    results = []
+    for output in call.outputs:
+        axes: Axes = [()] * output.ndim
+        for tensor in call.tensors():
+            given = call.axes_of(tensor)
+            for place, axis in enumerate(given, start=output.ndim - len(given)):
+                if place < 0 or not axis:
+                    continue
+                if length(axes[place]) == 1 and output.shape[place] == length(axis):
+                    axes[place] = axis
+                elif output.shape[place] == length(axis):
+                    call.link(axes[place], axis)
+        results.append([axis if length(axis) == size else fresh(size) for axis, size in zip(axes, output.shape, strict=True)])
+    return results
+
+
+@op_rule("aten.full", "aten.zeros", "aten.ones", "aten.empty", "aten.scalar_tensor", "aten.new_zeros", "aten.new_ones")
+@op_rule("aten.new_full", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided")
+def uniform_constant(call: Call) -> list[Axes]:
+    """Constants that are the same everywhere follow whatever they meet."""
+    return [[fresh(size) for size in output.shape] for output in call.outputs]
+
+
+@op_rule("aten.arange", "aten.linspace", "aten.rand", "aten.randn", "aten.randint", "aten.eye", "aten.tril_indices")
+def positional_constant(call: Call) -> list[Axes]:
+    """Constants that differ by position keep whole whatever meets them."""
+    return [[fresh(size, f"a constant of {call.site}") for size in output.shape] for output in call.outputs]
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+@op_rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._reshape_alias")
+@op_rule("aten.squeeze", "aten.unsqueeze", "aten.unsqueeze_", "aten.squeeze_", "aten.view_copy")
+def view(call: Call) -> list[Axes]:
+    """The same positions in row-major order under another shape."""
+    return [reshape(_input(call), call.outputs[0].shape)]
+
+
+@op_rule("aten.permute")
+def permute(call: Call) -> list[Axes]:
+    """Axes in another order."""
+    axes = _input(call)
+    return [[axes[dim] for dim in call.arg(1, "dims")]]
+
+
+@op_rule("aten.transpose", "aten.transpose_", "aten.t", "aten.t_", "aten.swapaxes")
+def transpose(call: Call) -> list[Axes]:
+    """Two axes exchanged; `t` exchanges the only two."""
+    axes = _input(call)
+    if len(axes) > 1:
+        first, second = call.arg(1, "dim0", 0), call.arg(2, "dim1", 1)
+        axes[first], axes[second] = axes[second], axes[first]
+    return [axes]
+
+
+@op_rule("aten.expand", "aten.expand_copy", "aten.broadcast_to", "aten.expand_as")
+def expand(call: Call) -> list[Axes]:
+    """Axes of one position repeated; new ones are independent coordinates."""
+    shape = call.outputs[0].shape
+    given = [()] * (len(shape) - len(_input(call))) + _input(call)
+    return [[axis if length(axis) == size else fresh(size) for axis, size in zip(given, shape, strict=True)]]
+
+
+@op_rule("aten.repeat")
+def repeat(call: Call) -> list[Axes]:
+    """Each axis tiled: a new outer coordinate times the old one."""
+    repeats = call.arg(1, "repeats")
+    given = [()] * (len(repeats) - len(_input(call))) + _input(call)
+    return [[(*fresh(times), *axis) for times, axis in zip(repeats, given, strict=True)]]
+
+
+@op_rule("aten.slice", "aten.narrow", "aten.slice_copy")
+def slice_axis(call: Call) -> list[Axes]:
+    """A run of positions of one axis; a step of k keeps the outer of (n/k, k)."""
+    axes = _input(call)
+    dim = call.arg(1, "dim", 0) % len(axes)
+    size = length(axes[dim])
+    if call.name == "aten.narrow":
+        start, stop, step = call.arg(2, "start"), call.arg(2, "start") + call.arg(3, "length"), 1
+    else:
+        bounds = slice(call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1))
+        start, stop, step = bounds.indices(size)
+    if step == 1:
+        axes[dim] = narrow(axes[dim], start, max(start, stop)) if stop > start else ()
+        if stop <= start:
+            raise Misaligned("an empty slice")
+    elif size % step == 0 and start < step and stop > size - step:
+        axes[dim] = reshape([axes[dim]], [size // step, step])[0]
+    else:
+        raise Misaligned(f"a slice with step {step}")
+    return [axes]
+
+
+@op_rule("aten.select", "aten.select_copy")
+def select(call: Call) -> list[Axes]:
+    """One fixed position of an axis, which keeps the rest of that axis whole."""
+    axes = _input(call)
+    dim = call.arg(1, "dim") % len(axes)
+    axis, size = axes.pop(dim), call.args[0].shape[dim]
+    index = call.arg(2, "index") % size
+    for start, stop in ((0, index), (index + 1, size)):
+        if stop - start > 1:
+            freeze(narrow(axis, start, stop), f"position {index} is picked at {call.site}")
+    if size > 1:
+        narrow(axis, index, index + 1)
+    return [axes]
+
+
+@op_rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.tensor_split")
+def split(call: Call) -> list[Axes]:
+    """An axis cut into segments end to end."""
+    axes = _input(call)
+    dim = call.arg(2, "dim", 0) % len(axes)
+    results, at = [], 0
+    for output in call.outputs:
+        stop = at + output.shape[dim]
+        results.append([*axes[:dim], narrow(axes[dim], at, stop), *axes[dim + 1 :]])
+        at = stop
+    return results
+
+
+@op_rule("aten.unbind")
+def unbind(call: Call) -> list[Axes]:
+    """Every position of an axis as a tensor of its own."""
+    axes = _input(call)
+    dim = call.arg(1, "dim", 0) % len(axes)
+    axis = axes.pop(dim)
+    for index in range(len(call.outputs)):
+        narrow(axis, index, index + 1)
+    return [list(axes) for _ in call.outputs]
+
+
+@op_rule("aten.cat", "aten.concatenate")
+def cat(call: Call) -> list[Axes]:
+    """Tensors end to end along one axis, the other axes pairwise."""
+    tensors = [tensor for tensor in call.args[0] if tensor.numel()]
+    dim = call.arg(1, "dim", 0) % tensors[0].ndim
+    axes = list(call.axes_of(tensors[0]))
+    for tensor in tensors[1:]:
+        for place, axis in enumerate(call.axes_of(tensor)):
+            if place != dim:
+                call.link(axes[place], axis)
+    axes[dim] = concatenate([call.axes_of(tensor)[dim] for tensor in tensors])
+    return [axes]
+
+
+@op_rule("aten.stack")
+def stack(call: Call) -> list[Axes]:
+    """Tensors along a new axis whose positions are the tensors themselves."""
+    tensors = list(call.args[0])
+    axes = list(call.axes_of(tensors[0]))
+    for tensor in tensors[1:]:
+        for left, right in zip(axes, call.axes_of(tensor), strict=True):
+            call.link(left, right)
+    axes.insert(call.arg(1, "dim", 0) % (len(axes) + 1), concatenate([()] * len(tensors)) if len(tensors) > 1 else ())
+    return [axes]
+
+
+# -- contractions ------------------------------------------------------------------------------------------------------
+
+
+def _contract(call: Call, left: Axes, right: Axes) -> Axes:
+    """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
+    call.link(left[-1], right[-2])
+    for a, b in zip(left[:-2], right[:-2], strict=True):
+        call.link(a, b)
+    if _on_tokens(left) and _on_tokens(right):  # attention: neither operand is a weight
+        for axis in (*left[:-2], *right[:-2]):
+            mark(axis, label="attention")
+        mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
+    call.contractions.append((call.where, (*left, right[-1])))
+    return [*left[:-1], right[-1]]
+
+
+def _on_tokens(axes: Axes) -> bool:
+    return any("tokens" in atom.marks for axis in axes for atom in leaves(axis))
+
+
+@op_rule("aten.mm", "aten.bmm")
+def matmul(call: Call) -> list[Axes]:
+    """Matrix product; the contracted axes are one."""
+    return [_contract(call, call.axes_of(call.args[0]), call.axes_of(call.args[1]))]
+
+
+@op_rule("aten.addmm", "aten.baddbmm")
+def biased_matmul(call: Call) -> list[Axes]:
+    """Matrix product plus a bias that broadcasts over it."""
+    axes = _contract(call, call.axes_of(call.args[1]), call.axes_of(call.args[2]))
+    _link_trailing(call, axes, call.axes_of(call.args[0]))
+    return [axes]
+
+
+@op_rule("aten.mv", "aten.dot")
+def matvec(call: Call) -> list[Axes]:
+    """Matrix or vector times vector."""
+    left, right = call.axes_of(call.args[0]), call.axes_of(call.args[1])
+    call.link(left[-1], right[-1])
+    call.contractions.append((call.where, tuple(left)))
+    return [left[:-1]]
+
+
+@op_rule("aten.linear")
+def linear(call: Call) -> list[Axes]:
+    """`x @ weight.T + bias`; weight is [out, in]."""
+    left, weight = call.axes_of(call.args[0]), call.axes_of(call.args[1])
+    call.link(left[-1], weight[-1])
+    call.contractions.append((call.where, (*left, weight[0])))
+    bias = call.arg(2, "bias")
+    if bias is not None:
+        call.link(weight[0], call.axes_of(bias)[0])
+    return [[*left[:-1], weight[0]]]
+
+
+def _link_trailing(call: Call, axes: Axes, other: Axes) -> None:
+    """Links axes pairwise from the last one, sizes of one broadcasting."""
+    for axis, met in zip(reversed(axes), reversed(other), strict=False):
+        if length(axis) == length(met):
+            call.link(axis, met)
+
+
+# -- look-ups ----------------------------------------------------------------------------------------------------------
+
+
+@op_rule("aten.embedding")
+def embedding(call: Call) -> list[Axes]:
+    """Rows of a table, looked up by number: the rows stay, the columns follow."""
+    rows, columns = call.axes_of(call.args[0])
+    freeze(rows, f"rows are looked up by number at {call.site}")
+    return [[*call.axes_of(call.args[1]), columns]]
+
+
+@op_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
+def look_up(call: Call) -> list[Axes]:
+    """An axis indexed by data keeps its order; the others pass."""
+    axes, dim = _input(call), call.arg(1, "dim")
+    dim %= max(len(axes), 1)
+    reason = f"positions are looked up at {call.site}"
+    freeze(axes[dim], reason)
+    axes[dim] = fresh(call.outputs[0].shape[dim], reason)
+    for place, size in enumerate(call.outputs[0].shape):
+        if length(axes[place]) != size:
+            axes[place] = fresh(size, reason)
+    return [axes]
+
+
+@op_rule("aten.index")
+def index(call: Call) -> list[Axes]:
+    """Advanced indexing: indexed axes keep their order, untouched trailing or leading axes pass."""
+    axes, indices, output = _input(call), list(call.args[1]), call.outputs[0]
+    reason = f"positions are looked up at {call.site}"
+    indices += [None] * (len(axes) - len(indices))
+    run = _constant_run(indices, axes)
+    if run is not None:
+        place, start, stop = run
+        axes[place] = narrow(axes[place], start, stop)
+        return [axes]
+    indexed = [place for place, given in enumerate(indices) if given is not None]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    passing = [axis for place, axis in enumerate(axes) if place not in indexed]
+    for place in indexed:
+        freeze(axes[place], reason)
+    front = indexed[0] if adjacent else 0
+    width = output.ndim - len(passing)
+    looked_up = [fresh(size, reason) for size in output.shape[front : front + width]]
+    return [[*passing[:front], *looked_up, *passing[front:]]]
+
+
+def _constant_run(indices: Sequence[Tensor | None], axes: Axes) -> tuple[int, int, int] | None:
+    """The run of positions picked by one index of written-out consecutive numbers: (dim, start, stop)."""
+    given = [(place, index) for place, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].ndim != 1:
+        return None
+    place, index = given[0]
+    constant = getattr(index, "constant", None)
+    if constant is None:
+        return None
+    size = length(axes[place])
+    with _disable_current_modes():
+        numbers = [number % size for number in constant.tolist()]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return None
+    return place, numbers[0], numbers[-1] + 1
+
+
+# -- statistics over an axis -------------------------------------------------------------------------------------------
+
+
+@op_rule("aten.mean", "aten.var_mean", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm")
+def statistic(call: Call) -> list[Axes]:
+    """A statistic over an axis that a cut would take over what stays: noted, not frozen."""
+    axes = _input(call)
+    place = 2 if call.name in ("aten.linalg_vector_norm", "aten.norm") else 1
+    return _reduce(call, axes, call.arg(place, "dim"), lambda axis: mark(axis, mixed=call.where or "the model"))
+
+
+@op_rule("aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod")
+@op_rule("aten.any", "aten.all", "aten.logsumexp")
+def reduction(call: Call) -> list[Axes]:
+    """A reduction that zeroed positions would still take part in: the axis is kept whole."""
+    reason = f"reduced over at {call.site}"
+    return _reduce(call, _input(call), call.arg(1, "dim"), lambda axis: freeze(axis, reason))
+
+
+def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> list[Axes]:
+    gone = _dims(call, dims, len(axes))
+    for dim in gone:
+        note(axes[dim])
+    keep = call.outputs[0].ndim == len(axes)
+    left: Sequence[Axis] = [
+        () if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone
+    ]
+    return [list(left) for _ in call.outputs]
+
+
+@op_rule("aten._softmax", "aten.softmax", "aten._safe_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod")
+@op_rule("aten.flip", "aten.roll", "aten.sort", "aten.tril", "aten.triu", "aten.topk")
+def ordered(call: Call) -> list[Axes]:
+    """Operators in which every position of an axis sees the others: that axis is kept whole."""
+    axes, reason = _input(call), f"positions see each other at {call.site}"
+    if call.name in ("aten.tril", "aten.triu"):
+        touched = [len(axes) - 2, len(axes) - 1]
+    else:
+        touched = _dims(call, call.arg(2 if call.name == "aten.topk" else 1, "dim", -1), len(axes))
+    for dim in touched:
+        freeze(axes[dim], reason)
+    return [
+        [axis if length(axis) == size else fresh(size, reason) for axis, size in zip(axes, output.shape, strict=True)]
+        for output in call.outputs
+    ]
+
+
+@op_rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
+def layer_norm(call: Call) -> list[Axes]:
+    """Normalisation over the trailing axes, with weight and bias along them."""
+    axes = _input(call)
+    shape = call.arg(1, "normalized_shape")
+    where = call.where or "the model"
+    for axis in axes[-len(shape) :]:
+        mark(axis, mixed=where)
+    for given in call.args[2:4]:
+        if isinstance(given, Tensor):
+            for axis, other in zip(axes[-len(shape) :], call.axes_of(given), strict=True):
+                call.link(axis, other)
+    rest = [*axes[: -len(shape)], *([()] * len(shape))]
+    return [axes, *[[axis for axis, _ in zip(rest, output.shape, strict=False)] for output in call.outputs[1:]]]

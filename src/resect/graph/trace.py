@@ -1,0 +1,257 @@
+"""Discovery: run a network once on fake tensors and read off which slices of which parameters belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resect.errors import ModelError
+from resect.graph import rules
+from resect.graph.atoms import Atom, Axis, freeze, fresh, leaves
+from resect.graph.blocks import find_blocks
+from resect.graph.couple import Run, couple
+from resect.graph.groups import Graph, Operation, Witness
+
+EXAMPLE_SHAPE = (2, 7)
+"""Batch and sequence length of the example text: primes that no model dimension is likely to share."""
+
+UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
+"""Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
+    """The coupled groups of a network, found by running it once on fake tensors.
+
+    The model may be real or on the meta device; no weight is read and the model is left as it was. `example_inputs` are
+    the keyword arguments (or positional ones, as a tuple) of one forward call; language models need none.
+    Raises `ModelError` when the network cannot run.
+    """
+    recorder = Recorder({id(module): name for name, module in model.named_modules()}, find_blocks(model).path)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        state = {name: _fake(tensor) for name, tensor in _state(model)}
+        args, kwargs = _example(example_inputs, mode)
+    parameters = {name: recorder.parameter(state[name]) for name, _ in model.named_parameters()}
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    recorder.inputs(inputs)
+    try:
+        with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _evaluating(model), recorder.watching(), recorder:
+            output = torch.func.functional_call(model, state, args, kwargs)
+    except Exception as problem:
+        raise ModelError(
+            f"Tracing {type(model).__name__} stopped in {recorder.where or 'the model'}: {type(problem).__name__}: "
+            f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
+        ) from problem
+    recorder.outputs(output)
+    run = Run(parameters, recorder.operations, recorder.contractions, recorder.streams, recorder.tokens, (args, kwargs))
+    return couple(model, run)
+
+
+def replay(
+    model: nn.Module, graph: Graph, removed: Mapping[str, int], shapes: Mapping[str, Sequence[int]]
+) -> tuple[float, str, str]:
+    """How far a cut network agrees with its coupling: operators that agree, then where the first does not, and why.
+
+    `shapes` gives the parameters their new sizes. All agree: `(inf, "", "")`. Nothing is computed, no weight is read.
+    """
+    kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
+    replayer = Replayer({id(module): name for name, module in model.named_modules()}, graph.witness, kept)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        state = {name: _fake(tensor, shapes.get(name)) for name, tensor in _state(model)}
+    args, kwargs = graph.witness.example
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
+    try:
+        with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _evaluating(model), replayer.watching(), replayer:
+            torch.func.functional_call(model, state, args, kwargs)
+    except Exception as problem:
+        return replayer.reached, replayer.where, str(problem).splitlines()[0]
+    return inf, "", ""
+
+class Watcher(TorchDispatchMode):
+    """Sees every operator and follows which module is running, through hooks on no module in particular."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.where = ""
+        self._names = names
+        self._path: list[str] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follows the running module while the context lasts; `where` stays at the module that raised."""
+        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Called with every operator and the tensors it put out."""
+        raise NotImplementedError
+
+    def left(self, path: str, inputs: Any, output: Any) -> None:
+        """Called when a module is done."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one operator."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = _tensors(result)
+        if any(output.numel() for output in outputs):
+            self.seen(func.overloadpacket._qualified_op_name.replace("::", "."), args, kwargs, func, outputs)
+        return result
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self.where = self._names.get(id(module), self.where)
+        self._path.append(self.where)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.left(self._path.pop(), inputs, output)
+        self.where = self._path[-1] if self._path else ""
+
+
+class Replayer(Watcher):
+    """Holds every operator of a cut network against the dense run."""
+
+    def __init__(self, names: Mapping[int, str], witness: Witness, kept: Mapping[Atom, int]) -> None:
+        super().__init__(names)
+        self.reached = 0
+        self._witness = witness
+        self._kept = kept
+
+    def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
+        if name in UNSEEN:
+            return
+        operations = self._witness.operations
+        operation = operations[self.reached] if self.reached < len(operations) else None
+        expected = self._witness.shapes(operation, self._kept) if operation and operation.name == name else None
+        found = [tuple(output.shape) for output in outputs]
+        if expected != found:
+            raise ModelError(f"{name} puts out {found}, the coupling demands {expected}")
+        self.reached += 1
+
+
+class Recorder(Watcher):
+    """Keeps the axes of every tensor seen while the network runs."""
+
+    def __init__(self, names: Mapping[int, str], blocks: str) -> None:
+        super().__init__(names)
+        self.operations: list[Operation] = []
+        self.contractions: list[tuple[str, tuple[Axis, ...]]] = []
+        self.streams: dict[str, bool] = {}
+        self.tokens: dict[str, Atom] = {}
+        self._blocks = blocks
+        self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
+
+    def parameter(self, tensor: Tensor) -> rules.Axes:
+        """Gives a parameter axes of its own."""
+        axes = [fresh(size) for size in tensor.shape]
+        self._axes[id(tensor)] = (tensor, axes)
+        return axes
+
+    def inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Gives the example its batch and sequence axes, which no plan can touch."""
+        batch, tokens = Atom(EXAMPLE_SHAPE[0], "the batch"), Atom(EXAMPLE_SHAPE[1], "the sequence")
+        batch.marks.add("batch")
+        tokens.marks.add("tokens")
+        for tensor in tensors:
+            axes = [fresh(size, "an input of the network") for size in tensor.shape]
+            if tuple(tensor.shape[:2]) == EXAMPLE_SHAPE:
+                axes[:2] = [(batch,), (tokens,)]
+            self._axes[id(tensor)] = (tensor, axes)
+        self.tokens = {"batch": batch, "tokens": tokens}
+
+    def outputs(self, value: Any) -> None:
+        """Keeps whole whatever the network puts out."""
+        for tensor in _tensors(value):
+            for axis in self.axes_of(tensor):
+                freeze(axis, "an output of the network")
+
+    def axes_of(self, tensor: Tensor) -> rules.Axes:
+        """The axes of a tensor; one that was never seen is a constant."""
+        if id(tensor) not in self._axes:
+            reason = f"a constant in {self.where or 'the model'}"
+            self._axes[id(tensor)] = (tensor, [fresh(size, reason) for size in tensor.shape])
+        return list(self._axes[id(tensor)][1])
+
+    def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Applies the operator's rule."""
+        call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
+        found = rules.apply(call, func)
+        for tensor, axes in zip(outputs, found, strict=True):
+            self._axes[id(tensor)] = (tensor, axes)
+        if name not in UNSEEN:
+            self.operations.append(Operation(name, self.where, tuple(map(tuple, found))))
+
+    def left(self, path: str, inputs: Any, output: Any) -> None:
+        """Notes of every block whether it puts out the axes it took in."""
+        if self._blocks and path.rpartition(".")[0] == self._blocks:
+            self.streams[path] = self._same_stream(_tensors(inputs), _tensors(output))
+
+    def _same_stream(self, entering: list[Tensor], leaving: list[Tensor]) -> bool:
+        """Whether what leaves a block lies on the same axes as what entered it."""
+        if not entering or not leaving or entering[0].shape != leaving[0].shape:
+            return False
+        pairs = zip(self.axes_of(entering[0]), self.axes_of(leaving[0]), strict=True)
+        return all(leaves(left) == leaves(right) for left, right in pairs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    return torch.empty(tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype)
+
+
+def _within(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    with mode:
+        return _fake(tensor)
+
+
+def _example(given: Any, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None:
+        return (), {"input_ids": torch.zeros(EXAMPLE_SHAPE, dtype=torch.long), "use_cache": False}
+    fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given)
+    if isinstance(fake, Mapping):
+        return (), dict(fake)
+    return (fake if isinstance(fake, tuple) else (fake,)), {}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, each module's own mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+

@@ -1,0 +1,218 @@
+"""Choosing what goes: one greedy walk over removal steps, ordered by loss per cost or by share.
+
+A *ladder* is a family of groups that shrink together: a single group (`layout="per-layer"`) or all groups of one kind
+(`layout="uniform"`). Its steps remove the lowest units first. `selection="global"` orders steps by summed saliency per
+unit of cost, so that units of different size compete fairly; `selection="local"` by the share of the ladder that is
+gone, so that every ladder loses the same share. Steps are taken in order until the budget is met; then the dearest ones
+that are not needed are given back, which lands within one step of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resect.errors import NumericsError, UsageError, nearest
+from resect.graph import KINDS, Graph, Group
+from resect.plan.plan import Kept, Plan
+
+OF = ("blocks", "model", "macs")
+LAYOUTS = ("uniform", "per-layer")
+SELECTIONS = ("global", "local")
+Ranges = Mapping[str, tuple[int, int]]
+Cost = Callable[[Mapping[str, int]], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`units` more units of every group of a ladder; the lowest key goes first, then the lowest loss."""
+
+    key: float
+    loss: float  # saliency per unit of cost
+    ladder: int
+    units: int
+
+
+def select(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    *,
+    keep: float,
+    of: str = "blocks",
+    layout: str = "per-layer",
+    selection: str = "global",
+    align: int = 1,
+    kinds: Sequence[str] = ("heads", "channels"),
+    ranges: Ranges | None = None,
+    floor: int = 1,
+    tokens: int = 64,
+) -> Plan:
+    """The plan that keeps the share `keep` of a cost and loses least by the given saliencies.
+
+    `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
+    parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
+    that stay to multiples. `ranges` bounds the layers of a kind, `(first, last + 1)`. At least `floor` units of every
+    group stay. The result costs at most `keep` of the dense model, less than one step below it.
+    Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
+    """
+    _check(keep, of=of, layout=layout, selection=selection, kinds=kinds)
+    cost = cost_of(graph, of, tokens=tokens)
+    ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges)
+    dense = cost({})
+    target = keep * dense
+    steps: list[Step] = []
+    for number, ladder in enumerate(ladders):
+        width = align if ladder[0].kind in ("channels", "residual") else 1
+        price = dense - cost({group.name: 1 for group in ladder})
+        lowest = 0 if ladder[0].kind == "blocks" else floor
+        sizes = _removals(ladder[0].units, width, lowest)
+        steps += _steps(number, ladder, scores, sizes=sizes, price=price, local=selection == "local")
+    steps.sort(key=lambda step: (step.key, step.loss))
+    whole = [step for step in steps if ladders[step.ladder][0].kind == "blocks"]
+    if len(whole) == graph.blocks.count:
+        steps.remove(whole[-1])
+    taken = _take(steps, ladders, cost, target)
+    if taken is None:
+        least = cost(_removed(steps, ladders)) / dense
+        raise UsageError(
+            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with at least {floor} unit kept in every "
+            f"group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
+        )
+    return _plan(ladders, scores, taken)
+
+
+def select_share(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    *,
+    share: float,
+    kinds: Sequence[str] = ("heads", "channels"),
+    ranges: Ranges | None = None,
+) -> Plan:
+    """The plan that removes the same share of positions from every selected group, as the LLM-Pruner paper states sizes.
+
+    A group of n units with w positions each keeps `int(n * w * (1 - share))` positions, rounded up to whole units.
+    """
+    _check(1 - share, of="blocks", layout="per-layer", selection="local", kinds=kinds)
+    removed = {}
+    ladders = _ladders(graph, "per-layer", kinds=kinds, ranges=ranges)
+    for (group,) in ladders:
+        width = min(member.index.shape[1] for member in group.members)
+        positions = group.units * width
+        removed[group.name] = (positions - int(positions * (1 - share))) // width
+    return _plan(ladders, scores, removed)
+
+
+def cost_of(graph: Graph, of: str, *, tokens: int = 64) -> Cost:
+    """What a budget counts, as a function of the units removed by group."""
+    if of == "macs":
+        return lambda removed: graph.macs(removed, tokens=tokens)
+    return lambda removed: graph.parameter_count(removed, blocks_only=of == "blocks")
+
+
+def _check(keep: float, *, of: str, layout: str, selection: str, kinds: Sequence[str]) -> None:
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
+    named = [("of", of, OF), ("layout", layout, LAYOUTS), ("selection", selection, SELECTIONS)]
+    for name, value, known in [*named, *(("kind", kind, KINDS) for kind in kinds)]:
+        if value not in known:
+            raise UsageError(f"There is no {name} {value!r}. {nearest(value, known)}")
+
+
+def _ladders(graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges | None) -> list[list[Group]]:
+    ladders: list[list[Group]] = []
+    for kind in kinds:
+        first, last = (ranges or {}).get(kind, (0, graph.blocks.count))
+        groups = [g for g in graph.of_kind(kind) if g.layer is None or first <= g.layer < last]
+        if layout == "per-layer" or kind in ("residual", "blocks"):
+            ladders += [[group] for group in groups]
+        elif groups:
+            ladders += _uniform(graph, kind, groups)
+    if not ladders:
+        offered = ", ".join(sorted({group.kind for group in graph.groups})) or "none"
+        raise UsageError(f"Nothing to cut: {', '.join(kinds)} were asked for, the network offers {offered} in these layers.")
+    return ladders
+
+
+def _uniform(graph: Graph, kind: str, groups: list[Group]) -> list[list[Group]]:
+    """Groups that stand at the same place of every layer, shrinking together."""
+    layers: dict[int | None, list[Group]] = {}
+    for group in groups:
+        layers.setdefault(group.layer, []).append(group)
+    rows = [list(row) for row in zip(*layers.values(), strict=False)]
+    complete = len(layers) == graph.blocks.count and len({len(found) for found in layers.values()}) == 1
+    if not complete or any(len({group.units for group in row}) > 1 for row in rows):
+        raise UsageError(
+            f"layout=uniform needs the same {kind} in every one of the {graph.blocks.count} blocks; they were found, in these "
+            f"ranges, in {len(layers)}. Use layout=per-layer, or leave the ranges out."
+        )
+    return rows
+
+
+def _removals(units: int, align: int, floor: int) -> list[int]:
+    """How many units each step removes: one at a time, or down to multiples of `align`."""
+    lowest = max(floor, align) if align > 1 else floor
+    stays = [kept for kept in range(units - 1, lowest - 1, -1) if kept % align == 0]
+    return [before - after for before, after in zip([units, *stays], stays, strict=False)]
+
+
+def _steps(
+    number: int, ladder: list[Group], scores: Mapping[str, Tensor], *, sizes: list[int], price: int, local: bool
+) -> list[Step]:
+    if not sizes or price <= 0:
+        return []
+    ordered = torch.stack([_score(scores, group).sort().values for group in ladder]).sum(0)  # [units]
+    losses = torch.stack([chunk.sum() for chunk in ordered[: sum(sizes)].split(sizes)])
+    widths = torch.tensor(sizes, dtype=torch.float64)
+    loss = losses / (widths * price)
+    key = widths.cumsum(0) / ladder[0].units if local else loss.cummax(0).values
+    tie = loss if local else key
+    return [Step(k, v, number, size) for k, v, size in zip(key.tolist(), tie.tolist(), sizes, strict=True)]
+
+
+def _score(scores: Mapping[str, Tensor], group: Group) -> Tensor:
+    score = scores[group.name].detach().to("cpu", torch.float64)
+    if not score.isfinite().all():
+        raise NumericsError(f"The saliency of {group.name} is not finite. Check the weights and the calibration text.")
+    return score
+
+
+def _removed(steps: Sequence[Step], ladders: list[list[Group]]) -> dict[str, int]:
+    removed: dict[str, int] = {}
+    for step in steps:
+        for group in ladders[step.ladder]:
+            removed[group.name] = removed.get(group.name, 0) + step.units
+    return removed
+
+
+def _take(steps: list[Step], ladders: list[list[Group]], cost: Cost, target: float) -> dict[str, int] | None:
+    """Units removed by the shortest run of steps that meets the target, less the dearest ones that are not needed."""
+    if cost(_removed(steps, ladders)) > target:
+        return None
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(_removed(steps[:middle], ladders)) <= target else (middle + 1, high)
+    removed = _removed(steps[:low], ladders)
+    needed: set[int] = set()
+    for step in reversed(steps[:low]):
+        if step.ladder in needed:
+            continue
+        fewer = removed | {group.name: removed[group.name] - step.units for group in ladders[step.ladder]}
+        if cost(fewer) <= target:
+            removed = fewer
+        else:
+            needed.add(step.ladder)
+    return removed
+
+
+def _plan(ladders: list[list[Group]], scores: Mapping[str, Tensor], removed: Mapping[str, int]) -> Plan:
+    groups = {}
+    for group in (group for ladder in ladders for group in ladder):
+        order = _score(scores, group).argsort(stable=True)
+        keep = tuple(sorted(order[removed.get(group.name, 0) :].tolist()))
+        groups[group.name] = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=keep)
+    return Plan(groups=groups)

@@ -1,0 +1,78 @@
+"""Removing what a plan does not keep: the model gets smaller, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from resect.errors import NumericsError, UsageError
+from resect.graph import Graph, trace
+from resect.plan import Plan
+from resect.surgery.attributes import shape_attributes
+from resect.surgery.modeling_resect import resize, set_tensor
+from resect.surgery.positions import kept_positions, removed_blocks, take
+
+
+class Record(BaseModel):
+    """What surgery did, so that it can be replayed on an empty dense model: shapes, attributes, blocks removed."""
+
+    shapes: dict[str, list[int]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    removed: list[str] = []
+
+
+def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
+    """The model without the units that the plan removes, in place; parameters, ties and dtypes stay what they were.
+
+    What was done is kept on the model as `resect_record`. `graph` is the model's own, traced when not given.
+    Raises `UsageError` for a plan of another network and `ModelError` when the network's code cannot take the new sizes;
+    the model is then unchanged.
+    """
+    if getattr(model, "resect_record", None):
+        raise UsageError("The model is cut already, and a plan counts units of the dense model. Load the dense model again.")
+    graph = graph or trace(model)
+    record = plan_record(model, plan, graph)
+    tensors = dict(model.named_parameters())
+    positions = kept_positions(graph, plan)
+    for name in record.shapes:
+        with torch.no_grad():
+            set_tensor(model, name, take(tensors.pop(name), positions[name]))
+    resize(model, {**record.model_dump(), "shapes": {}})
+    model.resect_record = record  # type: ignore[assignment]
+    return model
+
+
+def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
+    """What cutting will do to the model, without doing it."""
+    blocks = removed_blocks(graph, plan)
+    inside = tuple(f"{block}." for block in blocks)
+    shapes = {
+        name: [len(axes[axis]) if axis in axes else size for axis, size in enumerate(graph.shapes[name])]
+        for name, axes in kept_positions(graph, plan).items()
+    }
+    attributes = shape_attributes(model, graph, plan, shapes)
+    return Record(
+        shapes={name: shape for name, shape in shapes.items() if not name.startswith(inside)},
+        attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(inside)},
+        removed=blocks,
+    )
+
+
+def check_cut(expected: torch.Tensor, found: torch.Tensor, *, tolerance: float = 1e-4) -> float:
+    """Largest logit difference between the masked and the cut model, as a share of the logit scale.
+
+    Raises `NumericsError` above the tolerance: the network has a coupling that discovery did not see.
+    """
+    scale = expected.float().std().clamp_min(1e-12)
+    difference = float((expected.float() - found.float()).abs().max() / scale)
+    if not difference <= tolerance:
+        raise NumericsError(
+            f"The cut model does not compute what the masked model computes: logits differ by {difference:.2e} of their scale, "
+            f"{tolerance:.0e} is allowed. Please report the architecture; restrict the kinds that are cut to go on."
+        )
+    return difference
+
+

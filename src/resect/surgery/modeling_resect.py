@@ -1,0 +1,1 @@
+../checkpoint/modeling_resect.py

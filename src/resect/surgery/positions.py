@@ -1,0 +1,53 @@
+"""Which positions of which parameters a plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from resect.errors import UsageError
+from resect.graph import Graph, Group
+from resect.plan import Plan
+
+
+def changed(graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = ("heads", "channels", "residual")) -> Iterator[tuple[Group, Tensor]]:
+    """The groups that lose units, each with the numbers of those that stay: [kept] long.
+
+    Raises `UsageError` when the plan was made for another network.
+    """
+    for name, kept in plan.groups.items():
+        group = graph.group(name)
+        if group.units != kept.units:
+            raise UsageError(
+                f"The plan is for another network: it counts {kept.units} units in {name}, this network has {group.units}."
+            )
+        if kept.removed and group.kind in kinds:
+            yield group, torch.tensor(kept.keep, dtype=torch.long)
+
+
+def removed_blocks(graph: Graph, plan: Plan) -> list[str]:
+    """Paths of the blocks that a plan removes whole."""
+    return [group.name for group, _ in changed(graph, plan, kinds=("blocks",))]
+
+
+def kept_positions(graph: Graph, plan: Plan) -> dict[str, dict[int, Tensor]]:
+    """For every parameter and axis that shrinks, the positions that stay, ascending: [positions] long."""
+    gone: dict[str, dict[int, Tensor]] = {}
+    for group, keep in changed(graph, plan):
+        lost = torch.ones(group.units, dtype=torch.bool)
+        lost[keep] = False
+        for member in group.members:
+            axes = gone.setdefault(member.parameter, {})
+            size = graph.shapes[member.parameter][member.axis]
+            mask = axes.setdefault(member.axis, torch.zeros(size, dtype=torch.bool))
+            mask[member.index[lost].flatten()] = True
+    return {name: {axis: (~mask).nonzero().flatten() for axis, mask in axes.items()} for name, axes in gone.items()}
+
+
+def take(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
+    """The slices of a tensor at the given positions of each axis, in memory of their own."""
+    for axis, keep in positions.items():
+        tensor = tensor.index_select(axis, keep.to(tensor.device))
+    return tensor
