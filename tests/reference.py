@@ -1,4 +1,4 @@
-"""What removing units means, written down without the package's surgery: zero the slices, normalise over what stays, skip the blocks."""
+"""What removing units means, without the package's surgery: zero slices, normalise over what stays, skip blocks."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _hand_on(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
 
 
 def count_parameters(graph: Graph, plan: Plan | None = None, *, within: str = "") -> int:
-    """Parameters whose name starts with `within`, after `plan`: product of the kept lengths of every parameter's axes."""
+    """Parameters whose name starts with `within`, after `plan`: the product of every parameter's kept axis lengths."""
     gone = removed_positions(graph, plan) if plan else {}
     blocks = [f"{graph.blocks.path}.{i}." for i in removed_blocks(graph, plan)] if plan else []
     total = 0

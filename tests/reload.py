@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import resect
+import resect.checkpoint
 from tests.models import logits_with_cache, logits_without_cache
 
 
@@ -37,7 +37,7 @@ def main(root: Path) -> None:
 def load(directory: Path, loader: str, *, stock: bool) -> nn.Module:
     """The model through resect (never remote code) or through transformers (remote code only if not stock)."""
     if loader == "resect":
-        model: nn.Module = resect.load(str(directory))
+        model: nn.Module = resect.checkpoint.load(str(directory))
     else:
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=not stock, dtype=torch.float32)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Cut equals mask: for every family, every kind of group and random plans, the smaller model computes what the masked model computes."""
+"""Cut equals mask: for every family, kind of group and random plan, the small model computes what the masked does."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import resect
 from resect.checkpoint import save
+from resect.errors import UsageError
 from resect.graph import Graph
 from resect.plan import Plan
 from tests.models import (
@@ -33,8 +34,8 @@ from tests.models import (
 )
 from tests.reference import count_parameters, reference
 
-# Units that must at least be found: heads per layer, channels per layer, residual channels, blocks. A head unit is a KV head with
-# its query heads; where all query heads share the one KV head, a query head. 0: what must stay whole, with the reason beside it.
+# Units that must at least be found: heads per layer, channels per layer, residual channels, blocks. A head unit is a KV
+# head with its query heads; where all query heads share the one KV head, a query head. 0: stays whole, as noted.
 FLOOR: dict[str, tuple[int, int, int, int]] = {
     "llama": (2, 56, 60, 3),
     "llama_mha": (6, 56, 60, 3),
@@ -70,11 +71,22 @@ FLOOR: dict[str, tuple[int, int, int, int]] = {
 }
 KINDS = ("heads", "channels", "residual", "blocks")
 LAYERS = 3
-MIXTURES = [(kind,) for kind in KINDS] + [("heads", "channels"), KINDS]
-CASES = [(family, kinds, uniform) for family in FLOOR for kinds in MIXTURES for uniform in (True, False)]
-IDS = [f"{family}-{'+'.join(kinds)}-{'uniform' if uniform else 'per-layer'}" for family, kinds, uniform in CASES]
+MIXTURES = [  # a residual width is one for the whole model, and blocks go or stay: there is one layout of each
+    (("heads",), False),
+    (("channels",), False),
+    (("residual",), True),
+    (("blocks",), True),
+    (KINDS, True),
+    (KINDS, False),
+]
+CASES = [(family, kinds, uniform) for family in FLOOR for kinds, uniform in MIXTURES]
 STOCK = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "starcoder2", "smollm3", "cohere")
 """Families whose uniformly cut heads and channels a stock config can say."""
+
+
+def case_name(family: str, kinds: tuple[str, ...], uniform: bool) -> str:
+    """A directory name for a case."""
+    return f"{family}-{'+'.join(kinds)}-{'uniform' if uniform else 'per-layer'}"
 
 
 @functools.cache
@@ -123,7 +135,7 @@ def test_finds_at_least(family: str) -> None:
 
 @pytest.mark.parametrize("family", FLOOR)
 def test_groups_are_sound(family: str) -> None:
-    """Indices lie inside their axis, no two units of a member share a position, layers and shapes are the model's own."""
+    """Indices lie inside their axis, no two units of a member share a position, shapes are the model's own."""
     model, graph = dense(family)
     parameters = dict(model.named_parameters())
     assert graph.shapes == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -161,32 +173,23 @@ def test_needs_no_weights(family: str) -> None:
                 assert torch.equal(a.index, b.index)
 
 
-@pytest.mark.parametrize(("family", "kinds", "uniform"), CASES, ids=IDS)
-def test_cut_equals_reference(family: str, kinds: tuple[str, ...], uniform: bool) -> None:
-    """Against the reference written in these tests, residual channels included: no cache, then cache."""
-    model, graph = dense(family)
-    plan = plan_for(family, kinds, uniform)
-    expected = logits_without_cache(reference(model, graph, plan), tokens())
-    small = resect.cut(copy_of(model), plan)
-    assert_same_logits(logits_without_cache(small, tokens()), expected, what="without cache")
-    assert_same_logits(logits_with_cache(small, tokens()), expected, what="with cache")
-    found = sum(parameter.numel() for parameter in small.parameters())
-    assert found == graph.parameter_count(plan.removed()) == count_parameters(graph, plan)
-
-
-@pytest.mark.parametrize(("family", "kinds", "uniform"), CASES, ids=IDS)
-def test_masked_equals_reference(family: str, kinds: tuple[str, ...], uniform: bool) -> None:
-    """The package's own mask says the same, and leaves no trace."""
+@pytest.mark.parametrize(("family", "kinds", "uniform"), CASES, ids=[case_name(*case) for case in CASES])
+def test_cut_equals_mask(family: str, kinds: tuple[str, ...], uniform: bool) -> None:
+    """The cut model, the package's mask and these tests' reference agree, with and without cache; the mask vanishes."""
     model, graph = dense(family)
     plan = plan_for(family, kinds, uniform)
     expected = logits_without_cache(reference(model, graph, plan), tokens())
     before = snapshot(model)
-    with resect.masked(model, plan):
-        inside = logits_without_cache(model, tokens())
-        cached = logits_with_cache(model, tokens())
+    with resect.masked(model, plan, graph):
+        masked = logits_without_cache(model, tokens()), logits_with_cache(model, tokens())
     assert_untouched(model, before)
-    assert_same_logits(inside, expected, what="masked, without cache")
-    assert_same_logits(cached, expected, what="masked, with cache")
+    small = resect.cut(copy_of(model), plan, graph)
+    count = sum(parameter.numel() for parameter in small.parameters())
+    assert count == count_parameters(graph, plan) == graph.parameter_count(plan.removed())
+    cut = logits_without_cache(small, tokens()), logits_with_cache(small, tokens())
+    for what, found in (("cut", cut), ("mask", masked)):
+        assert_same_logits(found[0], expected, what=f"{what}, without cache")
+        assert_same_logits(found[1], expected, what=f"{what}, with cache")
 
 
 def test_masked_restores_after_an_error() -> None:
@@ -209,7 +212,7 @@ def test_mask_in_place_equals_cut() -> None:
 
 
 def test_cut_keeps_mode_and_flags() -> None:
-    """Cutting changes shapes, not whether a parameter trains or a module is in training mode; tied weights stay tied."""
+    """Cutting changes shapes, not what trains or which mode a module is in; tied weights stay tied."""
     model = copy_of(dense("llama_tied")[0])
     model.train()
     model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_(False)
@@ -221,85 +224,86 @@ def test_cut_keeps_mode_and_flags() -> None:
     assert small.lm_head.weight is small.model.embed_tokens.weight
 
 
-def test_cut_twice_is_cut_once() -> None:
-    """Cutting the result again takes units of the smaller model, numbered from 0 there."""
+def test_cutting_a_cut_model_is_refused() -> None:
+    """A plan counts units of the dense model; plans compose instead."""
     model, graph = dense("llama")
-    first = plan_for("llama", ("channels",), True)
-    small = resect.cut(copy_of(model), first)
-    second = random_plan(resect.trace(small), 5, uniform=True, kinds=("heads", "channels"))
-    expected = logits_without_cache(reference(small, resect.trace(small), second), tokens())
-    assert_same_logits(logits_without_cache(resect.cut(small, second), tokens()), expected)
+    plan = plan_for("llama", ("channels",), True)
+    small = resect.cut(copy_of(model), plan, graph)
+    with pytest.raises(UsageError, match="cut already"):
+        resect.cut(small, plan)
+
+
+def test_shots_compose() -> None:
+    """Cutting by `a & b` is masking by a and then by b."""
+    model, graph = dense("llama_biases")
+    first, second = (random_plan(graph, seed, uniform=False, kinds=("channels",)) for seed in (1, 2))
+    twice = reference(reference(model, graph, first), graph, second)
+    small = resect.cut(copy_of(model), first & second, graph)
+    assert_same_logits(logits_without_cache(small, tokens()), logits_without_cache(twice, tokens()))
 
 
 def test_generates_after_a_cut() -> None:
     """Greedy generation of the cut model follows the argmax of the masked one."""
     model, graph = dense("mistral")
     plan = plan_for("mistral", KINDS, False)
-    small = resect.cut(copy_of(model), plan)
+    small = copy_of(model)
+    resect.cut(small, plan)
     start = tokens()[:1, :4]
-    written = small.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    written = small.generate(start, attention_mask=torch.ones_like(start), **options)  # type: ignore[operator]
     logits = logits_without_cache(reference(model, graph, plan), written)
     assert written[0, 4:].tolist() == logits[0, 3:-1].argmax(-1).tolist()
 
 
+Reloaded = tuple[dict[str, dict[str, str]], dict[str, Tensor]]
 RELOADED = [
-    (family, kinds, uniform)
-    for family in FLOOR
-    for kinds, uniform in ((("heads", "channels"), True), (("heads", "channels"), False), (KINDS, False))
+    (family, kinds, uniform) for family in FLOOR for kinds, uniform in ((("heads", "channels"), True), (KINDS, False))
 ]
 
 
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """Every saved case as one fresh process sees it: name -> layout, errors, logits by loader."""
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
+    """Every saved case as one fresh process sees it: texts (layout, errors) and logits by loader, each by case."""
     root = tmp_path_factory.mktemp("reload")
-    outcome: dict[str, dict[str, object]] = {}
+    texts: dict[str, dict[str, str]] = {}
     for family, kinds, uniform in RELOADED:
         name = case_name(family, kinds, uniform)
-        model, _ = dense(family)
+        model, graph = dense(family)
         try:
             plan = plan_for(family, kinds, uniform)
-            saved = save(resect.cut(copy_of(model), plan), root / name, plan=plan)
-            outcome[name] = {"layout": saved.layout}
+            small = copy_of(model)
+            resect.cut(small, plan, graph)
+            saved = save(small, root / name, plan=plan)
+            texts[name] = {"layout": saved.layout}
         except Exception:
-            outcome[name] = {"save": traceback.format_exc()}
-    ready = {name: entry["layout"] for name, entry in outcome.items() if "layout" in entry}
+            texts[name] = {"save error": traceback.format_exc()}
+    ready = {name: entry["layout"] for name, entry in texts.items() if "layout" in entry}
     (root / "cases.json").write_text(json.dumps({"cases": ready, "tokens": tokens().tolist()}))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),
         "HF_MODULES_CACHE": str(root / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
-    run = subprocess.run([sys.executable, "-m", "tests.reload", str(root)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.reload", str(root)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     for name, errors in json.loads((root / "errors.json").read_text()).items():
-        outcome[name].update(errors)
-    for key, logits in load_file(root / "logits.safetensors").items():
-        name, loader = key.split("/", 1)
-        outcome[name][loader] = logits
-    return outcome
-
-
-def case_name(family: str, kinds: tuple[str, ...], uniform: bool) -> str:
-    """A directory name for a case."""
-    return f"{family}-{'+'.join(kinds)}-{'uniform' if uniform else 'per-layer'}"
+        texts[name].update(errors)
+    return texts, load_file(root / "logits.safetensors")
 
 
 @pytest.mark.parametrize(("family", "kinds", "uniform"), RELOADED, ids=[case_name(*case) for case in RELOADED])
-def test_reload_in_a_fresh_process(
-    family: str, kinds: tuple[str, ...], uniform: bool, reloaded: dict[str, dict[str, object]]
-) -> None:
+def test_reload_in_a_fresh_process(family: str, kinds: tuple[str, ...], uniform: bool, reloaded: Reloaded) -> None:
     """`resect.load` and transformers both give back the function that was saved, with and without cache."""
     model, graph = dense(family)
     plan = plan_for(family, kinds, uniform)
-    found = reloaded[case_name(family, kinds, uniform)]
-    for step in ("save", "resect error", "transformers error"):
-        assert step not in found, found[step]
+    name = case_name(family, kinds, uniform)
+    texts, logits = reloaded
+    errors = [text for step, text in texts[name].items() if step.endswith("error")]
+    assert not errors, "\n".join(errors)
     if uniform and family in STOCK:
-        assert found["layout"] == "uniform"
+        assert texts[name]["layout"] == "uniform"
     expected = logits_without_cache(reference(model, graph, plan), tokens())
     for loader in ("resect", "transformers"):
         for cache in ("without cache", "with cache"):
-            logits = found[f"{loader} {cache}"]
-            assert isinstance(logits, Tensor)
-            assert_same_logits(logits, expected, what=f"{loader}, {cache}")
+            assert_same_logits(logits[f"{name}/{loader} {cache}"], expected, what=f"{loader}, {cache}")

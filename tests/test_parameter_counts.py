@@ -90,7 +90,7 @@ def graph_of(name: str) -> Graph:
 
 
 def removed_units(share: Fraction, units: int, width: int) -> int:
-    """Whole units removed per group: the positions kept are floored, then the positions removed are floored to units."""
+    """Whole units removed per group: positions kept are floored, then positions removed are floored to units."""
     positions = units * width
     return (positions - int(positions * (1 - share))) // width
 
@@ -100,16 +100,12 @@ def plan_of(setting: Setting) -> Plan:
 
     def drop(group: Group) -> Kept:
         width = HEAD_DIMENSION[setting.model] if group.kind == "heads" else 1
-        keep = list(range(group.units - removed_units(setting.share, group.units, width)))
+        keep = tuple(range(group.units - removed_units(setting.share, group.units, width)))
         return Kept(kind=group.kind, layer=group.layer, units=group.units, keep=keep)
 
-    return Plan(
-        groups={
-            group.name: drop(group)
-            for group in graph_of(setting.model).groups
-            if group.kind in ("heads", "channels") and group.layer is not None and setting.first <= group.layer <= setting.last
-        }
-    )
+    blocks = range(setting.first, setting.last + 1)
+    chosen = [g for g in graph_of(setting.model).groups if g.kind in ("heads", "channels") and g.layer in blocks]
+    return Plan(groups={group.name: drop(group) for group in chosen})
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)

@@ -23,6 +23,7 @@ def cut_by_hand(
 ) -> PreTrainedModel:
     """A cut copy of `model` with its `resect_record`; weights tied before are tied after."""
     model = copy.deepcopy(model)
+    removed = list(removed)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
@@ -38,7 +39,7 @@ def cut_by_hand(
         shapes[name] = list(new.shape)
     _set(model, attributes or {})
     _drop(model, sorted(removed, key=lambda name: int(name.rpartition(".")[2])))
-    model.resect_record = {"shapes": shapes, "attributes": dict(attributes or {}), "removed": list(removed)}  # type: ignore[assignment]
+    model.resect_record = {"shapes": shapes, "attributes": dict(attributes or {}), "removed": removed}  # type: ignore[assignment]
     return model
 
 
@@ -53,7 +54,13 @@ def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
                 setattr(module, name, value)
 
 
-def _drop(model: nn.Module, removed: Sequence[str]) -> None:
+def _drop(model: PreTrainedModel, removed: Sequence[str]) -> None:
+    gone = [int(name.rpartition(".")[2]) for name in removed]
+    for field in ("layer_types", "no_rope_layers"):
+        if gone and getattr(model.config, field, None):
+            setattr(model.config, field, [kind for i, kind in enumerate(getattr(model.config, field)) if i not in gone])
+    if gone:
+        model.config.num_hidden_layers -= len(gone)
     for name in reversed(removed):
         parent, _, index = name.rpartition(".")
         blocks = model.get_submodule(parent)
@@ -65,13 +72,17 @@ def _drop(model: nn.Module, removed: Sequence[str]) -> None:
                     module.layer_idx = number
 
 
-def channels(layers: Iterable[int], keep: Sequence[int] | Mapping[int, Sequence[int]]) -> Slices:
+def channels(
+    layers: Iterable[int], keep: Sequence[int] | Mapping[int, Sequence[int]], *, biases: bool = False
+) -> Slices:
     """MLP channels of a Llama-like model: the rows of gate and up, the columns of down."""
     slices: dict[str, Mapping[int, Sequence[int]]] = {}
     for layer in layers:
         kept = keep[layer] if isinstance(keep, Mapping) else keep
         path = f"model.layers.{layer}.mlp"
-        slices |= {f"{path}.gate_proj.weight": {0: kept}, f"{path}.up_proj.weight": {0: kept}, f"{path}.down_proj.weight": {1: kept}}
+        for name in (f"{path}.gate_proj", f"{path}.up_proj"):
+            slices |= {f"{name}.weight": {0: kept}, **({f"{name}.bias": {0: kept}} if biases else {})}
+        slices[f"{path}.down_proj.weight"] = {1: kept}
     return slices
 
 

@@ -176,6 +176,7 @@ def test_attention_implementation_reaches_private_configurations(shipped: tuple[
     assert torch.allclose(logits_with_cache(loaded, random_tokens()), before, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
 def test_adapters_train_on_it(shipped: tuple[PreTrainedModel, str]) -> None:
     peft = pytest.importorskip("peft")
     loaded = AutoModelForCausalLM.from_pretrained(shipped[1], trust_remote_code=True)

@@ -20,7 +20,7 @@ def random_plan_of(seed: int, names: set[str] | None = None) -> Plan:
     groups = {}
     for name in sorted(names if names is not None else UNITS):
         units = UNITS[name]
-        keep = sorted(draw.sample(range(units), draw.randint(units * 2 // 3, units)))
+        keep = tuple(sorted(draw.sample(range(units), draw.randint(units * 2 // 3, units))))
         kind = name.split(".")[-1]
         layer = int(name.split(".")[2]) if "." in name else None
         groups[name] = Kept(kind=kind, layer=layer, units=units, keep=keep)
@@ -70,8 +70,8 @@ def test_composition_does_not_change_its_parts() -> None:
 
 
 def test_composition_of_different_models_is_refused() -> None:
-    a = Plan(groups={"g": Kept(kind="channels", layer=0, units=8, keep=[0, 1])})
-    b = Plan(groups={"g": Kept(kind="channels", layer=0, units=9, keep=[0, 1])})
+    a = Plan(groups={"g": Kept(kind="channels", layer=0, units=8, keep=(0, 1))})
+    b = Plan(groups={"g": Kept(kind="channels", layer=0, units=9, keep=(0, 1))})
     with pytest.raises(UsageError, match="g"):
         a & b
 

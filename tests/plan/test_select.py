@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import resect
 from resect.errors import NumericsError, UsageError
 from resect.graph import Graph, Group
-from resect.plan import Plan, select
+from resect.plan import Kept, Plan, select
 from tests.models import tiny
 from tests.reference import count_parameters, removed_units
 
@@ -32,8 +32,9 @@ def graph() -> Graph:
 
 def llama(**fields: Any) -> torch.nn.Module:
     """A tiny llama with enough heads to choose from."""
-    sizes = {"hidden_size": 60, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 56}
-    return tiny("Llama", **{**sizes, "num_hidden_layers": LAYERS, "vocab_size": 101, **fields})
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}
+    sizes = {"hidden_size": 60, "intermediate_size": 56, "num_hidden_layers": LAYERS, "vocab_size": 101}
+    return tiny("Llama", **{**heads, **sizes, **fields})
 
 
 @functools.cache
@@ -41,7 +42,8 @@ def random_scores(seed: int = 0) -> Mapping[str, Tensor]:
     """Distinct positive scores, of another scale in every layer."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        group.name: torch.rand(group.units, generator=generator) * (1 + (group.layer or 0)) + 0.01 for group in graph().groups
+        group.name: torch.rand(group.units, generator=generator) * (1 + (group.layer or 0)) + 0.01
+        for group in graph().groups
     }
 
 
@@ -54,8 +56,8 @@ def cost(plan: Plan | None, of: str) -> int:
 
 def price(group: Group, of: str) -> int:
     """What removing one unit of a group saves."""
-    keep = {"kind": group.kind, "layer": group.layer, "units": group.units, "keep": list(range(1, group.units))}
-    return cost(None, of) - cost(Plan.model_validate({"groups": {group.name: keep}}), of)
+    keep = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=tuple(range(1, group.units)))
+    return cost(None, of) - cost(Plan(groups={group.name: keep}), of)
 
 
 def groups(*kinds: str) -> list[Group]:
@@ -114,7 +116,7 @@ def test_lowest_scores_go_first_within_a_group(layout: str, selection: str) -> N
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("keep", [0.8, 0.5])
 def test_local_selection_takes_the_same_share_everywhere(keep: float, layout: str) -> None:
-    """Groups of one kind lose as many units, give or take one; heads and channels the same share, give or take one head."""
+    """Groups of one kind lose as many units, give or take one; heads and channels the same share within one head."""
     plan = select(graph(), random_scores(), keep=keep, of="blocks", layout=layout, selection="local")
     gone = {kind: [len(removed_units(group, plan)) for group in groups(kind)] for kind in ("heads", "channels")}
     for counts in gone.values():
@@ -172,13 +174,15 @@ def test_global_selection_is_optimal_by_brute_force(seed: int, keep: float) -> N
     channels = [group for group in small.groups if group.kind == "channels"]
     generator = torch.Generator().manual_seed(seed)
     scores = {group.name: torch.rand(group.units, generator=generator) for group in small.groups}
-    share = 1 - (1 - keep) * sum(3 * 60 * group.units for group in channels) / count_parameters(small, within=small.blocks.path)
+    prunable = sum(3 * 60 * group.units for group in channels)
+    share = 1 - (1 - keep) * prunable / count_parameters(small, within=small.blocks.path)
     plan = select(small, scores, keep=share, of="blocks", layout="per-layer", selection="global", kinds=("channels",))
     units = [(group.name, unit) for group in channels for unit in range(group.units)]
     found = {(group.name, unit) for group in channels for unit in removed_units(group, plan)}
     needed = -(-round((1 - keep) * 1000) * len(units) // 1000)
     assert len(found) == needed
-    assert total(scores, found) == pytest.approx(min(total(scores, choice) for choice in allowed(units, needed)), rel=1e-6)
+    least = min(total(scores, choice) for choice in allowed(units, needed))
+    assert total(scores, found) == pytest.approx(least, rel=1e-6)
 
 
 def total(scores: Mapping[str, Tensor], units: Sequence[tuple[str, int]] | set[tuple[str, int]]) -> float:
@@ -241,8 +245,13 @@ def test_same_input_same_plan() -> None:
 @pytest.mark.parametrize("selection", ["local", "global"])
 def test_out_of_reach_says_what_is_reachable(selection: str, of: str) -> None:
     """The message names the share that is left with one unit in every group, as a fraction or a percentage."""
-    bare = {g.name: {"kind": g.kind, "layer": g.layer, "units": g.units, "keep": [0]} for g in groups("heads", "channels")}
-    smallest = cost(Plan.model_validate({"groups": bare}), of) / cost(None, of)
+    bare = Plan(
+        groups={
+            group.name: Kept(kind=group.kind, layer=group.layer, units=group.units, keep=(0,))
+            for group in groups("heads", "channels")
+        }
+    )
+    smallest = cost(bare, of) / cost(None, of)
     with pytest.raises(UsageError) as caught:
         select(graph(), random_scores(), keep=smallest * 0.9, of=of, layout="per-layer", selection=selection)
     numbers = [float(number) for number in re.findall(r"\d+\.\d+|\d+", str(caught.value))]

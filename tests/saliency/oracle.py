@@ -19,7 +19,6 @@ from resect.graph import Graph, Group
 DATA_CRITERIA = ("vector", "element1", "element2", "mix")
 WEIGHT_CRITERIA = ("l1", "l2")
 CRITERIA = DATA_CRITERIA + WEIGHT_CRITERIA
-REDUCTIONS = ("sum", "mean", "max", "prod", "last")
 
 
 class Curvature(NamedTuple):
@@ -67,11 +66,24 @@ ELEMENT: dict[str, Callable[[Curvature], Tensor]] = {
 }
 
 
+OVER_MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {  # [members, units] to [units]
+    "sum": lambda values: values.sum(0),
+    "mean": lambda values: values.mean(0),
+    "max": lambda values: values.amax(0),
+    "prod": lambda values: values.prod(0),
+    "last": lambda values: values[-1],
+}
+
+
+REDUCTIONS = tuple(OVER_MEMBERS)
+
+
 def per_position(curvature: Curvature, axis: int, criterion: str) -> Tensor:
     """Value of every position along `axis` [size]: |sum| over the rest for `vector`, sum of |.| for the others."""
-    rows = ELEMENT[criterion](curvature).movedim(axis, 0).flatten(1) if curvature.w.ndim > 1 else None
-    if rows is None:
-        return ELEMENT[criterion](curvature).abs()
+    element = ELEMENT[criterion](curvature)
+    if element.ndim == 1:
+        return element.abs()
+    rows = element.movedim(axis, 0).flatten(1)
     return rows.sum(1).abs() if criterion == "vector" else rows.abs().sum(1)
 
 
@@ -89,12 +101,9 @@ def scores_by_definition(
         positions = per_position(curvatures[member.parameter], member.axis, criterion)
         units = [sum(float(positions[p]) for p in unit) for unit in member.index.tolist()]
         members.append(torch.tensor(units, dtype=torch.float64))
-    values = torch.stack(members)
     if reduction == "last":
-        assert len(values) == 1, f"{last} is not one member of {group.name}"
-    return {"sum": values.sum(0), "mean": values.mean(0), "max": values.amax(0), "prod": values.prod(0), "last": values[-1]}[
-        reduction
-    ]
+        assert len(members) == 1, f"{last} is not one member of {group.name}"
+    return OVER_MEMBERS[reduction](torch.stack(members))
 
 
 def all_scores(graph: Graph, curvatures: Mapping[str, Curvature], criterion: str) -> dict[str, Tensor]:

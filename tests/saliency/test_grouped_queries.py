@@ -101,7 +101,8 @@ def test_kv_head_scores_equal_brute_force(toy: tuple[Toy, Graph, Tensor, dict[st
     assert [group.units for group in heads] == [KV_HEADS, KV_HEADS]
     found = score(graph, collect(model, tokens, graph, criterion), criterion=criterion)
     for block, group in enumerate(heads):
-        expected = torch.tensor([by_hand(curvatures, block, kv, criterion) for kv in range(KV_HEADS)], dtype=torch.float64)
+        exact = [by_hand(curvatures, block, kv, criterion) for kv in range(KV_HEADS)]
+        expected = torch.tensor(exact, dtype=torch.float64)
         assert_same_scores(found[group.name], expected, what=f"{group.name}, {criterion}")
 
 

@@ -17,7 +17,6 @@ from resect.statistics import collect
 from tests.models import FAMILIES, random_tokens
 from tests.saliency.oracle import (
     CRITERIA,
-    DATA_CRITERIA,
     REDUCTIONS,
     Curvature,
     assert_same_scores,
@@ -42,8 +41,8 @@ TIED = ("qwen2", "gemma2", "gpt2")
 
 @functools.cache
 def exact(family: str) -> tuple[PreTrainedModel, Graph, Mapping[str, Curvature]]:
-    """A model, its graph and the float64 gradients on the calibration tokens."""
-    model = FAMILIES[family]()
+    """A model, its graph and the float64 gradients on the calibration tokens; the model too is in float64."""
+    model = FAMILIES[family]().double()
     return model, resect.trace(model), curvature(model, tokens())
 
 
@@ -66,20 +65,21 @@ def test_scores_equal_the_definition(family: str, criterion: str, reduction: str
             continue
         last = dict(zip(("heads", "channels"), CONSUMERS[family], strict=True)).get(group.kind, "")
         expected = scores_by_definition(group, curvatures, criterion=criterion, reduction=reduction, last=last)
-        assert_same_scores(found[group.name], expected, what=f"{group.name}, {criterion}, {reduction}")
+        tolerance = 2e-4 * (len(group.members) if reduction == "prod" else 1)  # relative errors of factors add
+        assert_same_scores(
+            found[group.name], expected, what=f"{group.name}, {criterion}, {reduction}", tolerance=tolerance
+        )
 
 
-@pytest.mark.parametrize("criterion", DATA_CRITERIA)
 @pytest.mark.parametrize("family", TIED)
-def test_tied_embeddings_count_once_with_both_gradients(family: str, criterion: str) -> None:
-    """A tied matrix is one member of the residual group, scored with the gradient from both of its uses."""
+def test_tied_embeddings_count_once(family: str) -> None:
+    """A tied matrix is one member of the residual group; the test above shows that both uses give it gradient."""
     model, graph, _ = exact(family)
     (residual,) = [group for group in graph.groups if group.kind == "residual"]
     embedding = model.get_input_embeddings().weight
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding]
     assert len(names) == 2, "not tied"
-    assert sum(member.parameter in names for member in residual.members) == 1
-    assert sum(criterion in CRITERIA and member.axis == 1 for member in residual.members if member.parameter in names) == 1
+    assert [member.axis for member in residual.members if member.parameter in names] == [1]
 
 
 @pytest.mark.parametrize("criterion", ["element1", "element2", "l1", "l2"])

@@ -37,11 +37,12 @@ def assert_halves_make_a_whole(family: str, criterion: str, first: int) -> None:
     """Statistics of the first sequences plus those of the rest score like all sequences at once, either way round."""
     model, graph = dense(family)
     tokens = random_tokens(7, 9, seed=21)
-    one = collect(model, tokens[:first], graph, criterion)
-    two = collect(model, tokens[first:], graph, criterion)
+    one = collect(model, tokens[:first], graph, criterion, elements=True)
+    two = collect(model, tokens[first:], graph, criterion, elements=True)
+    weights = dict(model.named_parameters())
     whole = score(graph, collect(model, tokens, graph, criterion), criterion=criterion)
     for halves in (one + two, two + one):
-        found = score(graph, halves, criterion=criterion)
+        found = score(graph, halves, criterion=criterion, weights=weights)
         assert found.keys() == whole.keys()
         for name, value in whole.items():
             assert_same_scores(found[name], value.double(), what=f"{name}, {criterion}")
@@ -62,10 +63,11 @@ def test_shares_of_one_sequence_add(criterion: str) -> None:
 @pytest.mark.parametrize("criterion", EVERY)
 def test_adding_leaves_the_parts_alone(criterion: str) -> None:
     model, graph = dense("llama")
-    one, two = (collect(model, random_tokens(2, 9, seed=seed), graph, criterion) for seed in (1, 2))
-    before = score(graph, one, criterion=criterion)
+    one, two = (collect(model, random_tokens(2, 9, seed=seed), graph, criterion, elements=True) for seed in (1, 2))
+    weights = dict(model.named_parameters())
+    before = score(graph, one, criterion=criterion, weights=weights)
     _ = one + two
-    for name, value in score(graph, one, criterion=criterion).items():
+    for name, value in score(graph, one, criterion=criterion, weights=weights).items():
         assert torch.equal(value, before[name])
 
 
@@ -108,7 +110,7 @@ def test_old_gradients_and_frozen_parameters_do_not_change_scores(criterion: str
 
 @pytest.mark.parametrize("criterion", ["vector", "element1"])
 def test_first_order_frees_gradients_on_the_way(criterion: str) -> None:
-    """During the backward pass, never more than one block's gradients and the largest parameter outside hang on the model."""
+    """While going backward, at most one block's gradients and the largest parameter outside hang on the model."""
     model, graph = copy_of(dense("llama")[0]), dense("llama")[1]
     parameters = dict(model.named_parameters())
     held = [0]

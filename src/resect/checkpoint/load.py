@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -162,7 +163,7 @@ def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
         return read()
     except ResectError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         said = str(error).strip()
         if "pytorch_model.bin" in said or "safetensors" in said and not Path(source.place).exists():
             raise _pickled(source.asked, "no safetensors file on the hub") from error

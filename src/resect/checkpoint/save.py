@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError
+from resect.evaluation import evaluating
 
 FORMAT = 1
 
@@ -158,11 +160,30 @@ def _fill(
     filled.to(model.device)
     if model.can_generate():
         filled.generation_config = copy.deepcopy(model.generation_config)
-    difference = logit_difference(filled, model)
+    with _buffers_like(model, filled):
+        difference = logit_difference(filled, model)
     allowed = tolerance(model.dtype)
     if not difference <= allowed:
         raise CheckpointError(f"its logits are off by {difference:.1e} of their spread, {allowed:.0e} is allowed")
     return filled, difference
+
+
+@contextmanager
+def _buffers_like(model: PreTrainedModel, filled: PreTrainedModel) -> Iterator[None]:
+    """Gives the buffers of `filled` the types they have in `model` for a while.
+
+    `model.to(torch.bfloat16)` rounds rotary frequencies, which loading keeps in float32; that is no fault of the checkpoint.
+    """
+    theirs, kept = dict(model.named_buffers()), []
+    for name, buffer in filled.named_buffers():
+        if name in theirs and theirs[name].dtype != buffer.dtype:
+            kept.append((buffer, buffer.data))
+            buffer.data = buffer.data.to(theirs[name].dtype)
+    try:
+        yield
+    finally:
+        for buffer, data in kept:
+            buffer.data = data
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -170,7 +191,6 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype in (torch.float32, torch.float64) else 3e-2
 
 
-@torch.no_grad()
 def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     """Largest difference of the logits of two models on random tokens, relative to the spread of the second's."""
     found, expected = (logits_of(one, random_tokens(other)) for one in (model, other))
@@ -191,16 +211,10 @@ def random_tokens(model: PreTrainedModel) -> Tensor:
     return torch.randint(model.get_input_embeddings().weight.shape[0], (2, 24), generator=generator)
 
 
-@torch.no_grad()
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits in evaluation mode; every module's own mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    """Logits of `tokens` in evaluation mode; the model is handed back as it was."""
+    with evaluating(model):
+        logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
     return logits
 
 

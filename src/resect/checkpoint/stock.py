@@ -28,6 +28,8 @@ Fields = dict[str, Any]
 
 ROUNDS = 12
 """At most so many fields change."""
+MISSING = 1_000_000
+"""A parameter that should not be there, or should, outweighs every wrong size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +203,8 @@ class _Search:
         if isinstance(found, str):
             self.reason = found
             return None
-        missing = len(found.keys() ^ self.target.keys())
-        return missing + sum(
+        missing = len(found.keys() ^ self.target.keys())  # a layer less would be many sizes less that are wrong
+        return MISSING * missing + sum(
             a != b for name in found.keys() & self.target.keys() for a, b in _axes(found[name], self.target[name])
         )
 

@@ -41,7 +41,10 @@ def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path) -> Tensor:
     """Logits of what a process of its own loads."""
     given, wanted = folder / "tokens.safetensors", folder / "logits.safetensors"
     save_file({"tokens": tokens.cpu().contiguous()}, given)
-    shipped = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = directory / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"Asked to verify {directory}; it has no config.json. Name a directory that was saved.")
+    shipped = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),

@@ -29,7 +29,7 @@ class _Leaf:
 class Run:
     """What one traced run leaves behind."""
 
-    parameters: Mapping[str, Sequence[Axis]]  # tied ones once
+    parameters: Mapping[str, Sequence[Axis]]  # tied ones once, in the order that data reaches them
     operations: Sequence[Operation]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
     streams: Mapping[str, bool]  # whether a block puts out the axes it took in

@@ -52,7 +52,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
     recorder.outputs(output)
-    run = Run(parameters, recorder.operations, recorder.contractions, recorder.streams, recorder.tokens, (args, kwargs))
+    order = {key: place for place, key in enumerate(recorder.used)}
+    names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
+    run = Run({name: parameters[name] for name in names}, recorder.operations, recorder.contractions, recorder.streams, recorder.tokens, (args, kwargs))
     return couple(model, run)
 
 
@@ -152,6 +154,7 @@ class Recorder(Watcher):
         super().__init__(names)
         self.operations: list[Operation] = []
         self.contractions: list[tuple[str, tuple[Axis, ...]]] = []
+        self.used: dict[int, None] = {}
         self.streams: dict[str, bool] = {}
         self.tokens: dict[str, Atom] = {}
         self._blocks = blocks
@@ -165,12 +168,13 @@ class Recorder(Watcher):
 
     def inputs(self, tensors: Sequence[Tensor]) -> None:
         """Gives the example its batch and sequence axes, which no plan can touch."""
-        batch, tokens = Atom(EXAMPLE_SHAPE[0], "the batch"), Atom(EXAMPLE_SHAPE[1], "the sequence")
+        shape = next((tensor.shape for tensor in tensors if _is_text(tensor)), EXAMPLE_SHAPE)
+        batch, tokens = Atom(shape[0], "the batch"), Atom(shape[1], "the sequence")
         batch.marks.add("batch")
         tokens.marks.add("tokens")
         for tensor in tensors:
             axes = [fresh(size, "an input of the network") for size in tensor.shape]
-            if tuple(tensor.shape[:2]) == EXAMPLE_SHAPE:
+            if _is_text(tensor) and tensor.shape == shape:
                 axes[:2] = [(batch,), (tokens,)]
             self._axes[id(tensor)] = (tensor, axes)
         self.tokens = {"batch": batch, "tokens": tokens}
@@ -190,6 +194,7 @@ class Recorder(Watcher):
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Applies the operator's rule."""
+        self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         found = rules.apply(call, func)
         for tensor, axes in zip(outputs, found, strict=True):
@@ -208,6 +213,11 @@ class Recorder(Watcher):
             return False
         pairs = zip(self.axes_of(entering[0]), self.axes_of(leaving[0]), strict=True)
         return all(leaves(left) == leaves(right) for left, right in pairs)
+
+
+def _is_text(tensor: Tensor) -> bool:
+    """Whether a tensor looks like token numbers [batch, tokens]."""
+    return tensor.dtype == torch.long and tensor.ndim == 2
 
 
 def _tensors(value: Any) -> list[Tensor]:

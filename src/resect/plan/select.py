@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def select(
     group stay. The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
-    _check(keep, of=of, layout=layout, selection=selection, kinds=kinds)
+    _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
     cost = cost_of(graph, of, tokens=tokens)
     ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges)
     dense = cost({})
@@ -76,7 +77,7 @@ def select(
         steps.remove(whole[-1])
     taken = _take(steps, ladders, cost, target)
     if taken is None:
-        least = cost(_removed(steps, ladders)) / dense
+        least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
         raise UsageError(
             f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with at least {floor} unit kept in every "
             f"group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
@@ -96,7 +97,7 @@ def select_share(
 
     A group of n units with w positions each keeps `int(n * w * (1 - share))` positions, rounded up to whole units.
     """
-    _check(1 - share, of="blocks", layout="per-layer", selection="local", kinds=kinds)
+    _check(1 - share, of="blocks", layout="per-layer", selection="local", kinds=(*kinds, *(ranges or ())))
     removed = {}
     ladders = _ladders(graph, "per-layer", kinds=kinds, ranges=ranges)
     for (group,) in ladders:
@@ -180,8 +181,10 @@ def _score(scores: Mapping[str, Tensor], group: Group) -> Tensor:
     return score
 
 
-def _removed(steps: Sequence[Step], ladders: list[list[Group]]) -> dict[str, int]:
-    removed: dict[str, int] = {}
+def _removed(
+    steps: Sequence[Step], ladders: list[list[Group]], before: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    removed = dict(before or {})
     for step in steps:
         for group in ladders[step.ladder]:
             removed[group.name] = removed.get(group.name, 0) + step.units
@@ -189,16 +192,43 @@ def _removed(steps: Sequence[Step], ladders: list[list[Group]]) -> dict[str, int
 
 
 def _take(steps: list[Step], ladders: list[list[Group]], cost: Cost, target: float) -> dict[str, int] | None:
-    """Units removed by the shortest run of steps that meets the target, less the dearest ones that are not needed."""
+    """Units removed by the shortest run of steps that meets the target.
+
+    Where the last step goes too far, the dearest steps that are not needed are given back, and if that does not help
+    it is passed over for the smaller ones behind it.
+    """
     if cost(_removed(steps, ladders)) > target:
         return None
     low, high = 0, len(steps)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(_removed(steps[:middle], ladders)) <= target else (middle + 1, high)
-    removed = _removed(steps[:low], ladders)
+    smallest = min((cost({}) - cost(_removed([step], ladders)) for step in steps), default=0)
+    taken = steps[: max(low - 1, 0)]
+    removed = best = _removed(taken, ladders)
+    passed: set[int] = set()
+    for step in steps[len(taken) :]:
+        if cost(best) <= target and target - cost(best) < smallest:
+            break
+        if step.ladder in passed:
+            continue
+        more = _removed([step], ladders, removed)
+        if cost(more) > target:
+            removed, taken = more, [*taken, step]
+            continue
+        fitted = _give_back(more, [*taken, step], ladders, cost, target)
+        if cost(best) > target or cost(fitted) > cost(best):
+            best = fitted
+        passed.add(step.ladder)
+    return best
+
+
+def _give_back(
+    removed: dict[str, int], taken: Sequence[Step], ladders: list[list[Group]], cost: Cost, target: float
+) -> dict[str, int]:
+    """Less of what was taken, dearest first, as long as the target is met."""
     needed: set[int] = set()
-    for step in reversed(steps[:low]):
+    for step in reversed(taken):
         if step.ladder in needed:
             continue
         fewer = removed | {group.name: removed[group.name] - step.units for group in ladders[step.ladder]}

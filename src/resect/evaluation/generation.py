@@ -1,0 +1,57 @@
+"""What a model writes: greedy continuations, to be read beside one another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from resect.errors import UsageError
+from resect.evaluation.mode import evaluating
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+"""Settings that mean nothing to greedy search, and are warned of."""
+
+
+def generations(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int = 64, chat: bool = False
+) -> list[str]:
+    """The likeliest continuation of each prompt, at most `new_tokens` tokens, without the prompt.
+
+    With `chat` each prompt is a user's message and the tokenizer's chat template is put around it; `UsageError` if it has none.
+    Prompts run one by one: padding would change rounding, and with it now and then a token. The model is handed back as it was.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise UsageError("Asked for answers to chat messages; the tokenizer has no chat template. Ask for plain continuations.")
+    settings = _greedy(model, new_tokens)
+    with evaluating(model):
+        return [
+            _continue(model, tokenizer, prompt, settings, chat)
+            for prompt in tqdm(prompts, desc="generating", leave=False, disable=None)
+        ]
+
+
+def _greedy(model: PreTrainedModel, new_tokens: int) -> Any:
+    """The model's own generation settings, where greedy search has a use for them."""
+    settings = copy.deepcopy(model.generation_config)
+    for name in SAMPLING:
+        setattr(settings, name, None)
+    settings.do_sample, settings.num_beams, settings.num_return_sequences = False, 1, 1
+    settings.max_new_tokens, settings.max_length = new_tokens, None
+    if settings.pad_token_id is None:
+        ends = settings.eos_token_id
+        settings.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return settings
+
+
+def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, settings: Any, chat: bool) -> str:
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    tokens = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(model.device)
+    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))

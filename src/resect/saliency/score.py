@@ -1,0 +1,60 @@
+"""From positions to units: what removing each unit is estimated to cost."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resect.errors import UsageError, nearest
+from resect.graph import Graph, Group
+from resect.statistics import Statistics, position_values
+
+Reduction = Callable[[Float[Tensor, "members units"]], Float[Tensor, " units"]]
+
+REDUCTIONS: dict[str, Reduction] = {
+    "sum": lambda values: values.sum(0),
+    "mean": lambda values: values.mean(0),
+    "max": lambda values: values.amax(0),
+    "prod": lambda values: values.prod(0),
+    "last": lambda values: values[-1],
+}
+"""How the members of a group combine; `last` takes the member that data reaches last. Source: arXiv 2305.11627, section 3.2."""
+
+
+def score(
+    graph: Graph,
+    statistics: Statistics,
+    *,
+    criterion: str | None = None,
+    reduction: str = "sum",
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The saliency of every unit of every group that the statistics cover: `{group: [units]}`, float64, lowest goes first.
+
+    `criterion` must be the one the statistics were collected for. `seed` is for `random`. `weights` are needed where
+    statistics were kept by element. Raises `UsageError` for unknown names.
+    """
+    if reduction not in REDUCTIONS:
+        raise UsageError(f"There is no reduction {reduction!r}. {nearest(reduction, REDUCTIONS)}")
+    if criterion not in (None, statistics.criterion.name):
+        raise UsageError(f"Scores by {criterion!r} were asked of statistics collected for {statistics.criterion.name!r}.")
+    values = position_values(statistics, weights or {})
+    covered = [g for g in graph.groups if all(m.axis in values.get(m.parameter, {}) for m in g.members)]
+    if statistics.criterion.name == "random":
+        return {group.name: _random(group, seed) for group in covered}
+    return {group.name: REDUCTIONS[reduction](unit_values(group, values)) for group in covered}
+
+
+def unit_values(group: Group, values: Mapping[str, Mapping[int, Tensor]]) -> Float[Tensor, "members units"]:
+    """The value of each unit in each member: the sum over the positions it owns there."""
+    return torch.stack([values[m.parameter][m.axis][m.index].sum(1) for m in group.members])
+
+
+def _random(group: Group, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {group.name}".encode()))
+    return torch.rand(group.units, generator=generator, dtype=torch.float64)

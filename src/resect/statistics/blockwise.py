@@ -1,0 +1,191 @@
+"""The backward pass block by block over all batches, so that one block's gradients are complete before the next begins.
+
+The forward pass keeps the inputs of every block. Then, from the last block to the first, the block is run again on every batch
+with gradients for its own parameters, and hands the gradient of its input on. This costs a second forward pass through the
+blocks, and saves holding the gradients of all blocks. It is exact when blocks talk through their hidden states alone, which is
+tried on a few tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resect.graph import Graph
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass
+class BlockCall:
+    """The arguments one block was called with; the hidden states apart."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Calls the block on other hidden states and gives its hidden states."""
+        name = "hidden_states" if "hidden_states" in self.kwargs else ""
+        output = block(**self.kwargs | {name: hidden}) if name else block(hidden, *self.args, **self.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+@dataclass
+class Chain:
+    """A model seen as something before its blocks, the blocks, and something after."""
+
+    model: nn.Module
+    path: str
+    blocks: Sequence[nn.Module]
+    loss: Loss
+    calls: list[BlockCall] = field(default_factory=list)
+    leaked: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: Graph, probe: Tensor, loss: Loss) -> Chain | None:
+        """The chain of a model, or None when its blocks do not talk through their hidden states alone.
+
+        `probe` [1, few] tokens are sent both ways; the gradients of the first block's input must agree.
+        """
+        if not graph.blocks.count:
+            return None
+        blocks = model.get_submodule(graph.blocks.path)
+        assert isinstance(blocks, nn.ModuleList)
+        chain = cls(model, graph.blocks.path, list(blocks), loss)
+        try:
+            found = chain._probe(probe)
+        except (TypeError, RuntimeError, IndexError, KeyError):
+            return None
+        expected = chain._reference(probe)
+        if not expected.isfinite().all():
+            return None
+        near = torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        return chain if near and not chain.leaked else None
+
+    def run(
+        self, batches: Sequence[Tensor], wanted: Sequence[str], take: Callable[[str, int], None], done: Callable[[str], None]
+    ) -> Iterator[float]:
+        """Gives the loss of every batch, and between them calls `take(parameter, batch)` on every gradient of a batch.
+
+        `done(parameter)` is called when a parameter has seen all batches; no two blocks hold gradients at a time.
+        """
+        outside = [name for name in wanted if not name.startswith(f"{self.path}.")]
+        for name in outside:
+            self.model.get_parameter(name).requires_grad_()
+        saved: list[list[BlockCall]] = []
+        flowing: list[Tensor] = []
+        for number, batch in enumerate(tqdm(batches, desc="forward", unit="batch", leave=False, delay=2)):
+            loss, calls, last = self._forward(batch)
+            yield float(loss.detach())
+            loss.backward()
+            self._each(outside, take, number)
+            assert last.grad is not None
+            saved.append(calls)
+            flowing.append(last.grad)
+        for layer in tqdm(reversed(range(len(self.blocks))), total=len(self.blocks), desc="blocks", leave=False, delay=2):
+            own = [name for name in wanted if name.startswith(f"{self.path}.{layer}.")]
+            for name in own:
+                self.model.get_parameter(name).requires_grad_()
+            for number, calls in enumerate(saved):
+                flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
+                self._each(own, take, number)
+            for name in own:
+                self.model.get_parameter(name).requires_grad_(False)
+                done(name)
+        for number, gradient in enumerate(flowing):
+            if gradient.requires_grad:
+                gradient.backward()
+                self._each(outside, take, number)
+
+    def _each(self, names: Sequence[str], take: Callable[[str, int], None], number: int) -> None:
+        for name in names:
+            take(name, number)
+
+    def _through(self, call: BlockCall, block: nn.Module, gradient: Tensor, *, first: bool) -> Tensor:
+        """The gradient of a block's input; of what comes before the blocks, a scalar to go on from."""
+        hidden = call.hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = call.again(block, hidden)
+        output.backward(gradient)
+        assert hidden.grad is not None
+        if first and call.hidden.requires_grad:
+            with torch.enable_grad():
+                return (call.hidden * hidden.grad).sum()
+        return hidden.grad
+
+    def _forward(self, batch: Tensor) -> tuple[Tensor, list[BlockCall], Tensor]:
+        self.calls = []
+        with self._hooked() as last, torch.enable_grad():
+            loss = self.loss(self.model, batch)
+        return loss, self.calls, last[0]
+
+    @contextmanager
+    def _hooked(self) -> Iterator[list[Tensor]]:
+        last: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            rest = [*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")]
+            self.leaked |= any(tensor.requires_grad for tensor in _tensors(rest))
+            self.calls.append(BlockCall(hidden, args[1:], dict(kwargs)))
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": hidden.detach()}
+            return (hidden.detach(), *args[1:]), kwargs
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            last.append(hidden.detach().requires_grad_())
+            return last[0] if isinstance(output, Tensor) else (last[0], *output[1:])
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self.blocks]
+        handles.append(self.blocks[-1].register_forward_hook(after))
+        try:
+            yield last
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, tokens: Tensor) -> Tensor:
+        loss, calls, last = self._forward(tokens)
+        loss.backward()
+        gradient = last.grad
+        for block, call in zip(reversed(self.blocks), reversed(calls), strict=True):
+            assert gradient is not None
+            gradient = self._through(call, block, gradient, first=False)
+        assert gradient is not None
+        return gradient
+
+    def _reference(self, tokens: Tensor) -> Tensor:
+        """The gradient of the first block's input by one ordinary backward pass."""
+        entering: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            entering.append(hidden.detach().requires_grad_())
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": entering[0]}
+            return (entering[0], *args[1:]), kwargs
+
+        handle = self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            with torch.enable_grad():
+                self.loss(self.model, tokens).backward()
+        finally:
+            handle.remove()
+        assert entering[0].grad is not None
+        return entering[0].grad
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
