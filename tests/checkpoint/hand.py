@@ -35,7 +35,9 @@ def cut_by_hand(
         for axis, keep in axes.items():
             new = new.index_select(axis, torch.tensor(keep))
         for module, leaf in places[id(old)]:
-            setattr(module, leaf, nn.Parameter(new) if module is places[id(old)][0][0] else places[id(old)][0][0].weight)
+            setattr(
+                module, leaf, nn.Parameter(new) if module is places[id(old)][0][0] else places[id(old)][0][0].weight
+            )
         shapes[name] = list(new.shape)
     _set(model, attributes or {})
     _drop(model, sorted(removed, key=lambda name: int(name.rpartition(".")[2])))
@@ -69,7 +71,7 @@ def _drop(model: PreTrainedModel, removed: Sequence[str]) -> None:
         for number, block in enumerate(blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = number
+                    module.layer_idx = number  # type: ignore[assignment]
 
 
 def channels(

@@ -12,6 +12,13 @@ from resect.checkpoint.directory import check_directory, whole_directory
 from resect.errors import CheckpointError
 
 
+def half(directory: Path, error: BaseException, *, overwrite: bool) -> None:
+    """Writes one file, then fails."""
+    with whole_directory(directory, overwrite=overwrite) as partial:
+        (partial / "half.txt").write_text("half")
+        raise error
+
+
 def contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
@@ -51,15 +58,15 @@ def test_replaces_only_when_asked(old: Path) -> None:
     assert contents(old.parent) == {"old/new.txt": "new"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x")]
+)
 def test_a_failure_while_writing_leaves_everything_as_it_was(old: Path, error: BaseException) -> None:
     expected = CheckpointError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), whole_directory(old, overwrite=True) as partial:
-        (partial / "half.txt").write_text("half")
-        raise error
-    with pytest.raises(expected), whole_directory(old.parent / "new" / "er") as partial:
-        (partial / "half.txt").write_text("half")
-        raise error
+    with pytest.raises(expected):
+        half(old, error, overwrite=True)
+    with pytest.raises(expected):
+        half(old.parent / "new" / "er", error, overwrite=False)
     assert contents(old.parent) == {"old/deep/kept.txt": "kept"}
     assert os.listdir(old.parent) == ["old"]
 
@@ -80,7 +87,10 @@ def test_a_failure_while_renaming_puts_the_old_back(old: Path, monkeypatch: pyte
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing_rename)
-    with pytest.raises(CheckpointError, match="broken. Nothing was changed"), whole_directory(old, overwrite=True) as partial:
+    with (
+        pytest.raises(CheckpointError, match="broken. Nothing was changed"),
+        whole_directory(old, overwrite=True) as partial,
+    ):
         (partial / "new.txt").write_text("new")
     assert contents(old.parent) == {"old/deep/kept.txt": "kept"}
     assert os.listdir(old.parent) == ["old"]

@@ -51,7 +51,9 @@ def test_misspelt_paths_name_the_nearest(directory: Path) -> None:
 
 
 def test_unknown_hub_names() -> None:
-    with pytest.raises(ModelError, match=r"'demmo'; it is no local path, and the hub does not give it. Did you mean 'demo'"):
+    with pytest.raises(
+        ModelError, match=r"'demmo'; it is no local path, and the hub does not give it. Did you mean 'demo'"
+    ):
         load("demmo")
     with pytest.raises(ModelError, match="tokenizer 'nobody/nothing'"):
         load_tokenizer("nobody/nothing")
@@ -65,7 +67,7 @@ def test_pickles_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for read in (load, skeleton):
         with pytest.raises(CheckpointError, match=f"pickled .{name}.*safetensors"):
-            read(tmp_path)  # type: ignore[operator]
+            read(tmp_path)
 
 
 def test_directories_that_are_no_models(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_remote_code_stays_off(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
     for read in (load, skeleton):
         with pytest.raises(CheckpointError, match="trust_remote_code"):
-            read(directory)  # type: ignore[operator]
+            read(directory)
     (directory / "config.json").write_text(json.dumps(config | {"architectures": ["ResectNothingForCausalLM"]}))
     with pytest.raises(CheckpointError, match="no class for its 'ResectNothingForCausalLM'"):
         load(directory)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from resect.checkpoint import modeling_resect, save
-from resect.checkpoint.modeling_resect import lengthen, removed_blocks, resize, shorten
+from resect.checkpoint import save
+from resect.surgery import modeling_resect
+from resect.surgery.modeling_resect import lengthen, removed_blocks, resize, shorten
 from tests.checkpoint.hand import channels, cut_by_hand, heads, merged, residual
 from tests.models import FAMILIES, assert_same_function, logits_with_cache, random_tokens
 
@@ -43,7 +46,8 @@ def test_resize_keeps_ties_where_the_tied_axis_shrinks() -> None:
     cut = cut_by_hand(model, residual(model, range(0, 60, 3), 60))
     fresh = resize(blank(model), cut.resect_record)  # type: ignore[arg-type]
     assert shapes(fresh) == shapes(cut)
-    head, embedding = fresh.get_submodule("lm_head"), fresh.get_submodule("model.embed_tokens")
+    head: Any = fresh.get_submodule("lm_head")
+    embedding: Any = fresh.get_submodule("model.embed_tokens")
     assert head.weight is embedding.weight
     assert (head.in_features, embedding.embedding_dim) == (20, 20)
 
@@ -60,11 +64,11 @@ def test_resize_corrects_what_layers_note_of_their_size() -> None:
         "attributes": {"transformer.h.0.attn": {"num_heads": 5, "config.n_head": 5}},
         "removed": [],
     }
-    fresh = resize(blank(model), record)
-    first, last = fresh.get_submodule("transformer.h.0.mlp.c_fc"), fresh.get_submodule("transformer.h.0.mlp.c_proj")
+    fresh: Any = resize(blank(model), record)
+    first, last = fresh.transformer.h[0].mlp.c_fc, fresh.transformer.h[0].mlp.c_proj
     assert (first.nx, first.nf, last.nx, last.nf) == (48, 30, 30, 48)
-    assert fresh.get_submodule("transformer.h.0.ln_1").normalized_shape == (40,)
-    attention, other = fresh.get_submodule("transformer.h.0.attn"), fresh.get_submodule("transformer.h.1.attn")
+    assert fresh.transformer.h[0].ln_1.normalized_shape == (40,)
+    attention, other = fresh.transformer.h[0].attn, fresh.transformer.h[1].attn
     assert (attention.num_heads, attention.config.n_head) == (5, 5)
     assert (other.num_heads, other.config.n_head, fresh.config.n_head) == (6, 6, 6)
 
@@ -81,7 +85,7 @@ def test_removal_renumbers_and_shortens() -> None:
 
 def test_a_record_of_another_model_is_refused() -> None:
     model = FAMILIES["llama"]()
-    empty = {"shapes": {}, "attributes": {}, "removed": []}
+    empty: dict[str, Any] = {"shapes": {}, "attributes": {}, "removed": []}
     with pytest.raises(ValueError, match=r"up_proj.weight of shape \(57, 60\).*\(56, 60\).*another model"):
         resize(blank(model), {**empty, "shapes": {"model.layers.0.mlp.up_proj.weight": [57, 60]}})
     with pytest.raises(ValueError, match="transformer.h.0.x"):
@@ -118,7 +122,9 @@ def test_classes_are_made_on_demand() -> None:
 
 
 def test_a_record_free_config_is_the_dense_model() -> None:
-    config = modeling_resect.ResectLlamaConfig(**LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=5).to_diff_dict())
+    config = modeling_resect.ResectLlamaConfig(
+        **LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=5).to_diff_dict()
+    )
     with torch.device("meta"):
         assert len(modeling_resect.ResectLlamaForCausalLM(config).model.layers) == 1
 
@@ -136,14 +142,20 @@ def test_shipped_code_loads_generates_and_saves_again(
     shipped: tuple[PreTrainedModel, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     cut, directory = shipped
-    loaded = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     assert "transformers_modules" in type(loaded).__module__
     assert_same_function(loaded, cut, random_tokens())
     prompt = random_tokens(1, 5)
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "eos_token_id": None}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+        "eos_token_id": None,
+    }
     dynamic, static = (loaded.generate(prompt, **options, **kind) for kind in ({}, {"cache_implementation": "static"}))
     assert torch.equal(dynamic, static)
-    assert torch.equal(dynamic, cut.generate(prompt, **options))
+    generate: Any = cut.generate
+    assert torch.equal(dynamic, generate(prompt, **options))
     again = tmp_path_factory.mktemp("again")
     loaded.save_pretrained(again)
     assert_same_function(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True), cut, random_tokens())
@@ -155,7 +167,7 @@ def test_shipped_code_serves_the_bare_model_and_the_config(shipped: tuple[PreTra
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("resect_qwen3", 2, 60)
     bare = AutoModel.from_pretrained(directory, trust_remote_code=True)
     tokens = random_tokens()
-    expected = cut.model(tokens, use_cache=False).last_hidden_state
+    expected = cut.base_model(tokens, use_cache=False).last_hidden_state
     assert torch.allclose(bare(tokens, use_cache=False).last_hidden_state, expected, atol=1e-5)
 
 
@@ -180,7 +192,9 @@ def test_attention_implementation_reaches_private_configurations(shipped: tuple[
 def test_adapters_train_on_it(shipped: tuple[PreTrainedModel, str]) -> None:
     peft = pytest.importorskip("peft")
     loaded = AutoModelForCausalLM.from_pretrained(shipped[1], trust_remote_code=True)
-    adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        loaded, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
     adapted(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     merged_model = adapted.merge_and_unload()

@@ -74,6 +74,19 @@ def test_per_layer_ships_its_code(family: str, tmp_path: Path) -> None:
     assert_loads(saved, cut)
 
 
+@pytest.mark.parametrize("family", ["llama_tied", "gemma"])
+def test_tied_embeddings_narrow_together(family: str, tmp_path: Path) -> None:
+    """Gemma scales embeddings by the square root of their width, so no narrower stock Gemma computes the same."""
+    model = FAMILIES[family]()
+    cut = cut_by_hand(model, merged(residual(model, range(36), 60), channels([0], range(20))))
+    saved = save(cut, tmp_path / "per-layer")
+    assert saved.layout == "per-layer"
+    assert_loads(saved, cut)
+    even = save(cut_by_hand(model, residual(model, range(36), 60)), tmp_path / "uniform")
+    assert even.layout == {"llama_tied": "uniform", "gemma": "per-layer"}[family]
+    assert ("logits are off" in even.reason) == (family == "gemma")
+
+
 def test_only_blocks_removed_is_stock(tmp_path: Path) -> None:
     """Gemma 2 alternates sliding and full attention: the list of layer types shortens with the layers."""
     for family in ("llama", "gemma2", "smollm3"):
@@ -97,7 +110,9 @@ def test_a_relative_stands_in(family: str, relative: str, tmp_path: Path) -> Non
 def test_right_shapes_are_not_enough(tmp_path: Path) -> None:
     """A cut model with another head count in mind has the shapes of a stock model, and not its function."""
     model = tiny("GPT2", n_embd=48, n_head=6, n_layer=2, n_positions=80, vocab_size=101)
-    attributes = {f"transformer.h.{layer}.attn": {"num_heads": 4, "head_dim": 12} for layer in range(2)}
+    attributes: dict[str, dict[str, float]] = {
+        f"transformer.h.{layer}.attn": {"num_heads": 4, "head_dim": 12} for layer in range(2)
+    }
     cut = cut_by_hand(model, {}, attributes=attributes)
     for layer in range(2):
         cut.get_submodule(f"transformer.h.{layer}.attn").scaling = 12**-0.5  # type: ignore[assignment]
@@ -148,7 +163,9 @@ def test_everything_needed_lies_in_the_directory(cut: object, tmp_path: Path) ->
     model = uniform(FAMILIES["llama"]()) if cut is uniform else uneven(FAMILIES["llama"]())
     model.train()
     before = snapshot(model)
-    saved = save(model, tmp_path / "m", tokenizer=tiny_tokenizer(), plan=Plan(), extra_files={"report/index.html": "<p>"})
+    saved = save(
+        model, tmp_path / "m", tokenizer=tiny_tokenizer(), plan=Plan(), extra_files={"report/index.html": "<p>"}
+    )
     assert_untouched(model, before)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     code = {"m/modeling_resect.py"} if cut is uneven else set()
@@ -202,17 +219,20 @@ def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     directory = save(model, tmp_path / "model").directory
     assert verify(directory, model, tokens=random_tokens()) <= 1e-5
     module = importlib.import_module("resect.checkpoint.verify")
-    for found, match in ((torch.zeros(2, 24, 101), "off by"), (torch.zeros(1), "off by inf"), (torch.nan, "off by nan")):
-        monkeypatch.setattr(module, "_reloaded_logits", lambda *_, found=found: found * torch.ones(2, 24, 101))
+    zeros = torch.zeros(2, 24, 101)
+    for found, match in ((zeros, "off by"), (zeros[0], "off by inf"), (zeros / 0, "off by nan")):
+        monkeypatch.setattr(module, "_reloaded_logits", lambda *_, found=found: found)
         with pytest.raises(CheckpointError, match=match):
             verify(directory, model)
-    with pytest.raises(CheckpointError, match=r"no config.json"):
-        verify(tmp_path / "nothing", model)
 
 
 def test_what_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"]()
     directory = save(model, tmp_path / "model").directory
-    monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no such class"))
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no such class")
+    )
     with pytest.raises(CheckpointError, match=r"fresh process failed: no such class"):
         verify(directory, model)
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        verify(tmp_path / "nothing", model)

@@ -42,7 +42,9 @@ def test_channels_and_heads(family: str) -> None:
 
 def test_all_widths_together() -> None:
     model = FAMILIES["llama"]()
-    slices = merged(channels(LAYERS, range(30)), heads(model, dict.fromkeys(LAYERS, [0])), residual(model, range(48), 60))
+    slices = merged(
+        channels(LAYERS, range(30)), heads(model, dict.fromkeys(LAYERS, [0])), residual(model, range(48), 60)
+    )
     assert changes(model, slices) == {
         "hidden_size": 48,
         "intermediate_size": 30,
@@ -65,7 +67,7 @@ def test_a_relative_says_what_llama_refuses() -> None:
 
 
 def test_equal_numbers_are_told_apart() -> None:
-    """4 layers, 4 heads, 4 KV heads, head size 4, and hidden and MLP sizes of 16: every change still lands on its own field."""
+    """4 layers, 4 heads, 4 KV heads, head size 4, hidden and MLP sizes 16: every change still finds its own field."""
     model = tiny(
         "Llama",
         hidden_size=16,
@@ -108,7 +110,7 @@ def test_the_caller_has_the_last_word() -> None:
     stock, reason = find_stock(target, model.config, type(model), accept=accept)
     assert stock is not None, reason
     assert stock.changes == {"n_embd": 32, "n_head": 4}
-    assert find_stock(target, model.config, type(model), accept=lambda stock: "no") [0] is None
+    assert find_stock(target, model.config, type(model), accept=lambda stock: "no")[0] is None
 
 
 def test_sizes_that_follow_another_are_pinned() -> None:
@@ -152,7 +154,10 @@ def test_expressible_kinds(family: str) -> None:
     model = FAMILIES[family]()
     with torch.device("meta"):
         empty = type(model)(model.config)
-    assert expressible_kinds(empty, groups(model)) == dict.fromkeys(["residual", "channels", "heads", "blocks"], True)
+    expected: dict[str, bool | str] = dict.fromkeys(["residual", "channels", "heads", "blocks"], True)
+    if family == "gemma":  # it scales embeddings by the square root of their width
+        expected["residual"] = "gemma: scalar_embed_scale of model.embed_tokens would be 7.681, not 7.746"
+    assert expressible_kinds(empty, groups(model)) == expected
 
 
 def test_inexpressible_kinds_say_why() -> None:

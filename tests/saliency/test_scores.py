@@ -13,7 +13,7 @@ import resect
 from resect.errors import UsageError
 from resect.graph import Graph
 from resect.saliency import score
-from resect.statistics import collect
+from resect.statistics import Statistics, collect
 from tests.models import FAMILIES, random_tokens
 from tests.saliency.oracle import (
     CRITERIA,
@@ -52,13 +52,19 @@ def tokens() -> torch.Tensor:
     return random_tokens(4, 10, seed=7)
 
 
+@functools.cache
+def collected(family: str, criterion: str) -> Statistics:
+    """One estimation, to be scored in several ways."""
+    model, graph, _ = exact(family)
+    return collect(model, tokens(), graph, criterion)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("family", CONSUMERS)
 def test_scores_equal_the_definition(family: str, criterion: str, reduction: str) -> None:
-    model, graph, curvatures = exact(family)
-    statistics = collect(model, tokens(), graph, criterion)
-    found = score(graph, statistics, criterion=criterion, reduction=reduction)
+    _, graph, curvatures = exact(family)
+    found = score(graph, collected(family, criterion), criterion=criterion, reduction=reduction)
     kinds = ("heads", "channels") if reduction in ("prod", "last") else ("heads", "channels", "residual")
     for group in graph.groups:
         if group.kind not in kinds:

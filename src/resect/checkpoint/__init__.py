@@ -2,13 +2,27 @@
 
 from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
-from resect.checkpoint.modeling_resect import resize
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import Saved, save
 from resect.checkpoint.stock import Stock, expressible_kinds, find_stock
 from resect.checkpoint.verify import verify
+from resect.surgery.modeling_resect import resize
 
 __all__ = [
-    "DEMO", "Saved", "Stock", "check_directory", "check_finite", "compose", "expressible_kinds", "find_stock", "load",
-    "load_tokenizer", "record_of", "resize", "save", "skeleton", "verify", "whole_directory",
+    "DEMO",
+    "Saved",
+    "Stock",
+    "check_directory",
+    "check_finite",
+    "compose",
+    "expressible_kinds",
+    "find_stock",
+    "load",
+    "load_tokenizer",
+    "record_of",
+    "resize",
+    "save",
+    "skeleton",
+    "verify",
+    "whole_directory",
 ]

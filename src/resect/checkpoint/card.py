@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-STOCK = '''model = AutoModelForCausalLM.from_pretrained(directory)'''
-SHIPPED = '''# Its layers have sizes of their own: modeling_resect.py, in this directory, builds them. Read it, then trust it.
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)'''
-TOKENIZER = '''tokenizer = AutoTokenizer.from_pretrained(directory)'''
+STOCK = """model = AutoModelForCausalLM.from_pretrained(directory)"""
+SHIPPED = """# Its layers have sizes of their own; modeling_resect.py, beside it, builds them. Read it, then trust it.
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)"""
+TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained(directory)"""
 
 
 def card(saved: Any, *, has_tokenizer: bool) -> str:
@@ -34,7 +34,16 @@ def card(saved: Any, *, has_tokenizer: bool) -> str:
         "```",
     ]
     if not uniform:
-        lines += ["", "Without remote code, with resect installed:", "", "```python", "import resect", "", 'model = resect.load(".")', "```"]
+        lines += [
+            "",
+            "Without remote code, with resect installed:",
+            "",
+            "```python",
+            "import resect",
+            "",
+            'model = resect.load(".")',
+            "```",
+        ]
     return "\n".join([*lines, "", "`resect.json` says what was removed.", ""])
 
 

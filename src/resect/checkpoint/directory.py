@@ -16,8 +16,8 @@ from resect.errors import CheckpointError
 def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
     """The absolute path that `directory` names, if something may be written there; ask before long work.
 
-    Raises `CheckpointError` for a file, for a directory that holds something unless `overwrite`, and, even then, for one that
-    is certainly no model: a home, a checkout, or a parent of where the program runs.
+    Raises `CheckpointError` for a file, for a directory that holds something unless `overwrite`, and, even then, for
+    one that is certainly no model: a home, a checkout, or a parent of where the program runs.
     """
     target = Path(directory).expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -26,7 +26,9 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
     if not holds:
         return target
     if target in (Path.home(), Path.cwd(), *Path.cwd().parents) or ".git" in holds:
-        raise CheckpointError(f"Asked to save to {target}, which is no place for a model to replace. Name a directory of its own.")
+        raise CheckpointError(
+            f"Asked to save to {target}, which is no place for a model to replace. Name a directory of its own."
+        )
     if not overwrite:
         raise CheckpointError(
             f"Asked to save to {target}, which holds {', '.join(holds[:4])}{', ...' if len(holds) > 4 else ''}. "
@@ -39,7 +41,8 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
 def whole_directory(directory: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into; it takes the name `directory` when the block ends well, and is gone otherwise.
 
-    What was there before stays untouched until then. Raises `CheckpointError` like `check_directory` and when the disk fails.
+    What was there before stays untouched until then. Raises `CheckpointError` like `check_directory` and when the disk
+    fails.
     """
     target = check_directory(directory, overwrite=overwrite)
     made = _make_parents(target.parent)
@@ -54,7 +57,8 @@ def whole_directory(directory: str | Path, *, overwrite: bool = False) -> Iterat
         _remove_empty(made)
         if _out_of_space(error):
             raise CheckpointError(
-                f"Asked to save to {target}; the disk is full. Nothing was changed there. Free some space, or name another disk."
+                f"Asked to save to {target}; the disk is full. Nothing was changed there. "
+                "Free some space, or name another disk."
             ) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"Asked to save to {target}; {error}. Nothing was changed there.") from error

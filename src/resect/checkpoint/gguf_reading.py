@@ -13,7 +13,7 @@ import numpy as np
 
 
 class PlainReader(gguf.GGUFReader):
-    """gguf's reader on a plain array: slicing a memory map makes a memory map each time, which is most of the parsing time."""
+    """gguf's reader on a plain array: a slice of a memory map is a memory map, and making those took most of it."""
 
     def _get(self, *arguments: Any, **options: Any) -> Any:
         if isinstance(self.data, np.memmap):

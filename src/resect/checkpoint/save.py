@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from resect.checkpoint import modeling_resect
 from resect.checkpoint.card import card
 from resect.checkpoint.directory import check_directory, whole_directory
-from resect.checkpoint.modeling_resect import removed_blocks, shorten
 from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError
 from resect.evaluation import evaluating
+from resect.surgery import modeling_resect
+from resect.surgery.modeling_resect import removed_blocks, shorten
 
 FORMAT = 1
 
@@ -63,12 +63,12 @@ def save(
     overwrite: bool = False,
     extra_files: Mapping[str, str] | None = None,
 ) -> Saved:
-    """Writes the cut (or dense) `model`: weights (safetensors), configuration, tokenizer, `plan.json`, `resect.json`, README.
+    """Writes the cut (or dense) `model`: safetensors, configuration, tokenizer, `plan.json`, `resect.json`, README.
 
-    The directory is whole or not there: it is written beside its place and renamed. What is written is checked first: a model
-    built from the configuration and filled with the weights must give the logits of `model`, within rounding. The model is not
-    changed. `extra_files` maps relative paths to text. Raises `CheckpointError` when `directory` holds something and not
-    `overwrite`, when writing fails, and when no configuration reproduces the model.
+    The directory is whole or not there: it is written beside its place and renamed. What is written is checked first:
+    a model built from the configuration and filled with the weights must give the logits of `model`, within rounding.
+    The model is not changed. `extra_files` maps relative paths to text. Raises `CheckpointError` when `directory`
+    holds something and not `overwrite`, when writing fails, and when no configuration reproduces the model.
     """
     target = check_directory(directory, overwrite=overwrite)
     record = record_of(model)
@@ -130,9 +130,10 @@ def _own_code(
     config: PreTrainedConfig, stock_class: type[PreTrainedModel], record: Record
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """Configuration and class of `modeling_resect.py` for a model that no stock configuration describes."""
+    bare: Any = MODEL_MAPPING[type(config)]
     names = {
         "AutoConfig": type(config).__name__,
-        "AutoModel": MODEL_MAPPING[type(config)].__name__,
+        "AutoModel": bare.__name__,
         "AutoModelForCausalLM": stock_class.__name__,
     }
     prefix = modeling_resect.PREFIX
@@ -151,12 +152,15 @@ def _fill(
     Raises `CheckpointError` when weights and configuration do not fit or the logits differ by more than rounding.
     """
     with quiet():
-        filled, loading = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=model.state_dict(), dtype=model.dtype, output_loading_info=True
         )
+    filled, loading = loaded
     wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if wrong:
-        raise CheckpointError(f"{wrong[0]} of the cut model has no place under the configuration of {model_class.__name__}")
+        raise CheckpointError(
+            f"{wrong[0]} of the cut model has no place under the configuration of {model_class.__name__}"
+        )
     filled.to(model.device)
     if model.can_generate():
         filled.generation_config = copy.deepcopy(model.generation_config)
@@ -172,7 +176,8 @@ def _fill(
 def _buffers_like(model: PreTrainedModel, filled: PreTrainedModel) -> Iterator[None]:
     """Gives the buffers of `filled` the types they have in `model` for a while.
 
-    `model.to(torch.bfloat16)` rounds rotary frequencies, which loading keeps in float32; that is no fault of the checkpoint.
+    `model.to(torch.bfloat16)` rounds rotary frequencies, which loading keeps in float32; that is no fault of the
+    checkpoint.
     """
     theirs, kept = dict(model.named_buffers()), []
     for name, buffer in filled.named_buffers():
@@ -208,7 +213,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def random_tokens(model: PreTrainedModel) -> Tensor:
     """Tokens [2, 24] of the model's vocabulary, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.get_input_embeddings().weight.shape[0], (2, 24), generator=generator)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 24), generator=generator)
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -229,7 +234,9 @@ def _write(directory: Path, name: str, text: str) -> None:
     """A text file at a relative path inside `directory`."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(f"Asked to write {name!r} into the checkpoint; extra files stay inside it. Give a relative path.")
+        raise CheckpointError(
+            f"Asked to write {name!r} into the checkpoint; extra files stay inside it. Give a relative path."
+        )
     path = directory / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

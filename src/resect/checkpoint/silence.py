@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines below an error or warnings from transformers inside the block; as before afterwards."""
+    """No progress bars, log lines below an error or warnings from transformers in the block; as before afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,9 +1,9 @@
-"""Which configuration of transformers' own classes describes a cut model, if any: it then loads anywhere, without our code.
+"""Which configuration of transformers' own classes describes a cut model, if any: it then loads without our code.
 
-Nothing is known about families here. Integer fields whose value went into a size that changed are candidates; a candidate is
-judged by building the model on the meta device and comparing every shape. Where a family's configuration refuses, a relative
-with the same mathematics may say it (`RELATIVES`). Equal shapes do not make an equal function, so the caller's `accept` has
-the last word on every proposal.
+Nothing is known about families here. Integer fields whose value went into a size that changed are candidates; a
+candidate is judged by building the model on the meta device and comparing every shape. Where a family's configuration
+refuses, a relative with the same mathematics may say it (`RELATIVES`). Equal shapes do not make an equal function, so
+the caller's `accept` has the last word on every proposal.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from resect.checkpoint.modeling_resect import shorten
 from resect.checkpoint.silence import quiet
 from resect.graph import Group
+from resect.surgery.modeling_resect import shorten
 
 Shapes = dict[str, tuple[int, ...]]
 Changes = dict[str, Any]
@@ -40,7 +40,7 @@ class Relative:
     fields: Mapping[str, Any]
 
 
-# Seen to give a logit difference of 0: the relatives lack llama's check that the hidden size divides by the number of heads.
+# Seen to give a logit difference of 0; the relatives lack llama's check that hidden size divides by number of heads.
 RELATIVES: dict[str, tuple[Relative, ...]] = {
     "llama": (
         Relative("mistral", {"sliding_window": None}),
@@ -97,10 +97,11 @@ def find_stock(
 
 
 def expressible_kinds(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, bool | str]:
-    """For each kind of group: True if a stock configuration can say that every layer has fewer of its units, else why not.
+    """For each kind of group: True if a stock configuration can say that layers have fewer of its units, else why not.
 
-    `model` is dense, usually on the meta device; it is not changed. Equal numbers in every layer are assumed; it is tried
-    with one unit less, then with more, since some configurations want sizes to divide. Shapes are compared, not logits.
+    `model` is dense, usually on the meta device; it is not changed. Equal numbers in every layer are assumed; it is
+    tried with one unit less, then with more, since some configurations want sizes to divide. Shapes and constants are
+    compared, not logits: `save` still checks.
     """
     kinds: dict[str, list[Group]] = {}
     for group in groups:
@@ -128,7 +129,7 @@ class _Family:
 
 @dataclasses.dataclass
 class _Search:
-    """Field by field towards the target: always the change that leaves the fewest sizes wrong, pairs where no single one helps."""
+    """Field by field towards the target: the change that leaves fewest sizes wrong, pairs where no single one helps."""
 
     family: _Family
     extra: Changes
@@ -159,7 +160,9 @@ class _Search:
 
     def _candidates(self) -> list[tuple[str, int]]:
         """Integer fields whose value went into a size that changed, as it is or times a constant."""
-        pairs = {pair for name, shape in self.target.items() for pair in zip(self.before.get(name, ()), shape, strict=False)}
+        pairs = {
+            pair for name, shape in self.target.items() for pair in zip(self.before.get(name, ()), shape, strict=False)
+        }
         pairs = {(old, new) for old, new in pairs if old != new}
         found: dict[tuple[str, int], None] = {}
         for name, value in self._fields():
@@ -172,7 +175,9 @@ class _Search:
 
     def _unset(self, changes: Changes) -> list[tuple[str, int]]:
         """Fields that follow another while they are None, with the sizes that are still wrong."""
-        names = [name for name, value in self._fields() if value is None and name not in changes and self._takes_int(name)]
+        names = [
+            name for name, value in self._fields() if value is None and name not in changes and self._takes_int(name)
+        ]
         if not names:
             return []
         found = self._build(changes)
@@ -188,7 +193,9 @@ class _Search:
         return [(n, v) for n, v in self.family.config.to_dict().items() if "token_id" not in n and n != "vocab_size"]
 
     def _takes_int(self, name: str) -> bool:
-        return any(f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config))
+        return any(
+            f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config)
+        )
 
     def _best(self, changes: Changes, options: Sequence[Changes], left: int) -> tuple[int, Changes] | None:
         """The option after which fewest sizes are wrong, if fewer than now."""
@@ -243,10 +250,13 @@ def _families(config: PreTrainedConfig, model_class: type[PreTrainedModel], head
     for relative in RELATIVES.get(config.model_type, ()):
         config_class = CONFIG_MAPPING[relative.model_type]
         known = {field.name for field in dataclasses.fields(config_class)} | {"head_dim"}
-        fields = {name: value for name, value in config.to_dict().items() if name in known and name != "transformers_version"}
+        fields = {
+            name: value for name, value in config.to_dict().items() if name in known and name != "transformers_version"
+        }
         fields |= {name: value(head_dim) if callable(value) else value for name, value in relative.fields.items()}
         other = config_class.from_dict(fields)
-        yield _Family(other, MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config.model_type)
+        other_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        yield _Family(other, other_class, config.model_type)
 
 
 def _head_dim(model: torch.nn.Module) -> int | None:
@@ -284,11 +294,22 @@ def _expressible(model: PreTrainedModel, groups: Sequence[Group]) -> bool | str:
     for step in [step for step in dict.fromkeys([1, 2, 4, 8, 16, 64, 128, fewest // 2]) if 0 < step < fewest]:
         config = copy.deepcopy(model.config)
         target = _without_blocks(model, config, fewest, step) if whole else _without_units(model, groups, step)
-        stock, reason = find_stock(target, config, type(model))
+        stock, reason = find_stock(target, config, type(model), accept=lambda stock: _changed_constant(model, stock))
         if stock is not None:
             return True
         reasons.append(reason)
     return reasons[0] if reasons else "there is only one unit"
+
+
+def _changed_constant(model: PreTrainedModel, stock: Stock) -> str:
+    """A number in the mathematics that follows a size in the stock code, while a cut model keeps the dense one's."""
+    modules = dict(model.named_modules())
+    for path, module in blank(stock.config, stock.model_class).named_modules():
+        constants = vars(modules[path]) if path in modules else {}
+        for name, value in vars(module).items():
+            if type(value) is float and type(constants.get(name)) is float and constants[name] != value:
+                return f"{name} of {path} would be {value:.4g}, not {constants[name]:.4g}"
+    return ""
 
 
 def _without_units(model: PreTrainedModel, groups: Sequence[Group], step: int) -> Shapes:
@@ -307,7 +328,11 @@ def _without_units(model: PreTrainedModel, groups: Sequence[Group], step: int) -
 
 def _without_blocks(model: PreTrainedModel, config: PreTrainedConfig, blocks: int, step: int) -> Shapes:
     """Shapes without the last `step` blocks; `config` is shortened to match."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == blocks]
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == blocks
+    ]
     gone = range(blocks - step, blocks)
     shorten(config, gone, blocks=blocks)
     prefixes = tuple(f"{name}.{index}." for name in lists for index in gone)

@@ -22,8 +22,9 @@ from resect.errors import CheckpointError
 def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | None = None) -> float:
     """The largest logit difference between `model` and what a fresh process loads, relative to the logits' spread.
 
-    The process uses transformers alone, with the code shipped in `directory` where no stock configuration describes the model.
-    `tokens` [N, T] are random if not given. Raises `CheckpointError` when loading fails or the difference is more than rounding.
+    The process uses transformers alone, with the code shipped in `directory` where no stock configuration describes
+    the model. `tokens` [N, T] are random if not given. Raises `CheckpointError` when loading fails or the difference
+    is more than rounding.
     """
     tokens = random_tokens(model) if tokens is None else tokens
     with tempfile.TemporaryDirectory(prefix="resect-verify-") as folder:

@@ -7,5 +7,13 @@ from resect.evaluation.perplexity import Perplexity, perplexity
 from resect.evaluation.size import parameter_count
 
 __all__ = [
-    "Latency", "Perplexity", "Spread", "evaluating", "generations", "latencies", "latency", "parameter_count", "perplexity",
+    "Latency",
+    "Perplexity",
+    "Spread",
+    "evaluating",
+    "generations",
+    "latencies",
+    "latency",
+    "parameter_count",
+    "perplexity",
 ]

@@ -22,11 +22,14 @@ def generations(
 ) -> list[str]:
     """The likeliest continuation of each prompt, at most `new_tokens` tokens, without the prompt.
 
-    With `chat` each prompt is a user's message and the tokenizer's chat template is put around it; `UsageError` if it has none.
-    Prompts run one by one: padding would change rounding, and with it now and then a token. The model is handed back as it was.
+    With `chat` each prompt is a user's message and the tokenizer's chat template is put around it; `UsageError` if it
+    has none. Prompts run one by one: padding would change rounding, and with it now and then a token. The model is
+    handed back as it was.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise UsageError("Asked for answers to chat messages; the tokenizer has no chat template. Ask for plain continuations.")
+        raise UsageError(
+            "Asked for answers to chat messages; the tokenizer has no chat template. Ask for plain continuations."
+        )
     settings = _greedy(model, new_tokens)
     with evaluating(model):
         return [
@@ -53,5 +56,6 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, settings: Any
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     tokens = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(model.device)
-    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    generate: Any = model.generate
+    written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))

@@ -64,15 +64,19 @@ def latencies(
 ) -> dict[str, Latency]:
     """The latency of several models, measured in turns, so that a busy machine is busy for all of them.
 
-    Each model warms up once, then runs `repeats` rounds: a prompt of `prompt` random tokens, then `decode` greedy tokens with
-    the KV cache. The models are handed back as they were. Raises `UsageError` when a model has fewer positions than that.
+    Each model warms up once, then runs `repeats` rounds: a prompt of `prompt` random tokens, then `decode` greedy
+    tokens with the KV cache. The models are handed back as they were. Raises `UsageError` when a model has fewer
+    positions than that.
     """
     if min(prompt, decode, repeats) < 1:
         raise UsageError(f"Asked for prompt {prompt}, decode {decode}, repeats {repeats}; each must be at least 1.")
     for name, model in models.items():
         _check_positions(name, model, prompt + decode)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with ExitStack() as stack, tqdm(total=len(models) * (repeats + 1), desc="latency", leave=False, disable=None) as bar:
+    with (
+        ExitStack() as stack,
+        tqdm(total=len(models) * (repeats + 1), desc="latency", leave=False, disable=None) as bar,
+    ):
         for model in models.values():
             stack.enter_context(evaluating(model))
         for turn in range(repeats + 1):
@@ -87,7 +91,9 @@ def latencies(
 def _check_positions(name: str, model: PreTrainedModel, needed: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < needed:
-        raise UsageError(f"Asked to time {name} over {needed} tokens; it has {positions} positions. Ask for fewer tokens.")
+        raise UsageError(
+            f"Asked to time {name} over {needed} tokens; it has {positions} positions. Ask for fewer tokens."
+        )
 
 
 def _round(model: PreTrainedModel, prompt: int, decode: int) -> tuple[float, float]:

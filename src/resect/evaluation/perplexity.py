@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 
-LOGITS = 2**28
-"""Logits that a batch may give, if `batch_tokens` is not set: 1 GiB of float32."""
+LOGITS = 2**27
+"""Logits that a batch may give, if `batch_tokens` is not set: 512 MiB of float32."""
 CHUNK = 2**24
 """Logits turned into probabilities at a time: 64 MiB of float32, and as much again."""
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,22 @@ def perplexity(
     """Perplexity of `model` on `tokens` (one text, tokenised whole; any shape), in windows that do not overlap.
 
     No token is added to a window, and its first is not predicted (arXiv 2305.11627 evaluates so, with windows of 128).
-    Windows run together in batches of about `batch_tokens`. Log-probabilities are float32, their sum float64. The model is
-    handed back as it was. `name` labels the progress bar. Raises `DataError` for a text shorter than a window and
-    `NumericsError` for logits that are not finite.
+    Windows run together in batches of about `batch_tokens`. Log-probabilities are float32, their sum float64. The
+    model is handed back as it was. `name` labels the progress bar. Raises `DataError` for a text shorter than a window
+    and `NumericsError` for logits that are not finite.
     """
     flat = tokens.reshape(-1)
     _check(model, flat, window)
     windows = flat[: len(flat) // window * window].view(-1, window)  # [N, window]
     batch_tokens = batch_tokens or LOGITS // model.config.get_text_config().vocab_size
-    batches = windows.split(max(1, batch_tokens // window))
+    step = max(1, batch_tokens // window)
     total = torch.zeros((), dtype=torch.float64)
     with evaluating(model), tqdm(total=len(windows), desc=name, unit="window", leave=False, disable=None) as bar:
-        for batch in batches:
+        for first, batch in zip(itertools.count(step=step), windows.split(step), strict=False):
             total += _nats(model, batch.to(model.device)).cpu()
             if not total.isfinite():
                 raise NumericsError(
-                    f"The logits of the {name} run hold NaN or infinity in windows {bar.n} to {bar.n + len(batch) - 1}. "
+                    f"The logits of the {name} run hold NaN or inf in windows {first} to {first + len(batch) - 1}. "
                     "Look for weights out of range, or run in a wider type (float32, bfloat16)."
                 )
             bar.update(len(batch))
@@ -68,7 +70,7 @@ def perplexity(
 
 
 def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
-    """Raises for windows that hold nothing to predict, that the text does not fill, or that the model cannot see whole."""
+    """Raises for windows that hold nothing to predict, that the text does not fill, or that the model cannot see."""
     asked = f"Asked for windows of {window} tokens"
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window < 2:
@@ -81,10 +83,12 @@ def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
 
 def _nats(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Summed cross-entropy of all tokens of `batch` [B, window] but the first of each window; a float64 scalar."""
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)  # [B * (window - 1), V]
-    targets = batch[:, 1:].flatten()
+    logits = model(input_ids=batch, use_cache=False).logits.flatten(0, 1)  # [B * window, V], not copied
+    nothing = torch.full_like(batch[:, :1], IGNORED)  # what follows a window is not asked
+    targets = torch.cat([batch[:, 1:], nothing], dim=1).flatten()
     rows = max(1, CHUNK // logits.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
     for few, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
-        total += torch.nn.functional.cross_entropy(few.float(), wanted, reduction="none").double().sum()
+        nats = torch.nn.functional.cross_entropy(few.float(), wanted, reduction="none", ignore_index=IGNORED)
+        total += nats.double().sum()
     return total

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from resect.errors import NumericsError, UsageError
+from resect.errors import UsageError
 from resect.graph import Graph, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
@@ -59,20 +59,3 @@ def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
         attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(inside)},
         removed=blocks,
     )
-
-
-def check_cut(expected: torch.Tensor, found: torch.Tensor, *, tolerance: float = 1e-4) -> float:
-    """Largest logit difference between the masked and the cut model, as a share of the logit scale.
-
-    Raises `NumericsError` above the tolerance: the network has a coupling that discovery did not see.
-    """
-    scale = expected.float().std().clamp_min(1e-12)
-    difference = float((expected.float() - found.float()).abs().max() / scale)
-    if not difference <= tolerance:
-        raise NumericsError(
-            f"The cut model does not compute what the masked model computes: logits differ by {difference:.2e} of their scale, "
-            f"{tolerance:.0e} is allowed. Please report the architecture; restrict the kinds that are cut to go on."
-        )
-    return difference
-
-

@@ -1,0 +1,159 @@
+"""The commands. Torch is imported inside them, so that help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from resect.cli.answer import answering
+from resect.cli.words import given, nested, numbers, version_of_resect
+
+app = typer.Typer(
+    name="resect",
+    help="Cut whole heads, channels and blocks out of language models; what is left is an ordinary, smaller model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model. Read it first.")]
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="The run directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what DIR holds, once the new result is whole.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop at plan.json: nothing is cut.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any value of the recipe, like settings.criterion=l2.")
+]
+Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps. [dim]cpu[/]")]
+Dtype = Annotated[str | None, typer.Option(metavar="T", help="float32, bfloat16, float16. [dim]float32[/]")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"resect {version_of_resect()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Cut whole heads, channels and blocks out of language models; what is left is an ordinary, smaller model."""
+
+
+@app.command()
+def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) -> None:
+    """Show what could be cut out of MODEL, and what not and why. No weights are loaded."""
+    with answering(as_json=json) as answer:
+        answer.announce(f"trace {model}, no weights are read")
+        from resect.checkpoint import skeleton
+        from resect.graph import trace
+        from resect.report import inspection, inspection_tables
+
+        network = skeleton(model, trust_remote_code=trust_remote_code)
+        found = inspection(trace(network), model=model, architecture=type(network).__name__)
+        answer.give(found.to_json(), inspection_tables(found))
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A hub id, a directory, a .gguf file, or demo.")] = None,
+    output: Output = None,
+    method: Annotated[str | None, typer.Option(help="What decides. [dim]llm-pruner[/]")] = None,
+    keep: Annotated[float | None, typer.Option(help="The share that stays, in (0, 1]. [dim]0.8[/]")] = None,
+    of: Annotated[str | None, typer.Option(help="What it is a share of: blocks, model, macs. [dim]blocks[/]")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Calibration text, repeatable: a file, wikitext2, c4, ptb, bookcorpus, "
+                     "NAME:CONFIG:SPLIT:COLUMN, demo, self. [dim]self: the model writes it[/]"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples. [dim]128[/]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each. [dim]128[/]")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="uniform (same sizes in every layer, loads anywhere) or per-layer. [dim]uniform[/]")
+    ] = None,
+    align: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this. [dim]1[/]")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
+    set_: Set = None,
+    seed: Annotated[int | None, typer.Option(help="For text and for random choices. [dim]42[/]")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Prune MODEL into DIR: weights, plan.json, recipe.yaml and a report."""
+    flags = {
+        "model": model, "output": output, "method": method, "keep": keep, "of": of, "layout": layout, "align": align,
+        "calibration.source": data or None, "calibration.samples": samples, "calibration.length": length, "seed": seed,
+        "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code or None,
+    }
+    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, json=json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; every run directory holds its own.")],
+    output: Output = None,
+    set_: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Carry out a recipe: evaluate, prune, save, verify, evaluate again, report."""
+    flags = {"output": output, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
+    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, json=json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hub ids, directories, .gguf files, demo.")],
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Held-out text, repeatable: a file or a data set's name.")
+    ] = None,
+    window: Annotated[str, typer.Option(metavar="N,N", help="Tokens a window.")] = "128,2048",
+    limit: Annotated[int | None, typer.Option(help="At most so many tokens of each text.")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure prefill 1 x 512 and decode 32, in turns.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Continue this greedily, repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=C", help="Any value of the evaluation, like latency.prompt=128.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Measure models side by side: perplexity, parameters, file size, latency."""
+    with answering(as_json=json) as answer:
+        windows = numbers(window, flag="--window")
+        answer.announce("start")
+        from resect.recipe import evaluate, evaluation_section
+        from resect.report import comparison_table
+
+        flags = {"texts": text, "windows": windows, "limit": limit, "latency": latency or None, "generations": prompt}
+        found = evaluate(
+            models, asked=evaluation_section(given(flags), assignments=set_ or ()), dtype=dtype or "float32",
+            device=device or "cpu", trust_remote_code=trust_remote_code, announce=answer.announce,
+        )
+        answer.give(found.to_json(), comparison_table(found))
+
+
+def _run(
+    recipe: str | None, flags: dict[str, Any], assignments: list[str] | None, *, overwrite: bool, dry_run: bool, json: bool
+) -> None:
+    with answering(as_json=json) as answer:
+        answer.announce("start")
+        from resect.recipe import read_recipe, run
+        from resect.report import run_tables
+
+        asked = read_recipe(recipe, nested(flags), assignments=assignments or ())
+        result = run(asked, overwrite=overwrite, dry_run=dry_run, announce=answer.announce)
+        answer.announce(f"done: {result.directory}")
+        answer.give(result.report.to_json(), run_tables(result.report))

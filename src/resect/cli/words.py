@@ -1,0 +1,42 @@
+"""Words of a command line as values."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from resect.errors import UsageError
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {place: value for place, value in flags.items() if value is not None}
+
+
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted place as nested mappings."""
+    values: dict[str, Any] = {}
+    for place, value in flags.items():
+        *sections, key = place.split(".")
+        inside = values
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[key] = value
+    return values
+
+
+def numbers(text: str, *, flag: str) -> list[int]:
+    """The whole numbers of "128,2048"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} was given; it is one number or several: 128,2048.") from None
+
+
+def version_of_resect() -> str:
+    """The installed version."""
+    try:
+        return importlib.metadata.version("resect")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

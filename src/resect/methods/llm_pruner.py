@@ -1,0 +1,85 @@
+"""LLM-Pruner (Ma, Fang, Wang; arXiv 2305.11627): coupled groups, gradient saliency, remove the least.
+
+Paper: equal shares over hand-picked blocks, query heads without grouping. Here: any network, grouped heads, and selection by
+estimated loss per parameter over the whole network besides, because units of different size should compete fairly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from resect.graph import Graph
+from resect.plan import Plan, keep_all, select, select_share
+from resect.saliency import score
+from resect.statistics import CRITERIA, collect
+from resect.surgery import masked
+
+KINDS = {"block-wise": ("heads", "channels"), "channel-wise": ("residual",), "layer-wise": ("blocks",)}
+"""What each of the paper's modes removes (section 4.1)."""
+
+
+class LLMPruner(BaseModel):
+    """Settings of the method; every default is explained in docs/methods.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random"] = "element2"
+    reduction: Literal["sum", "mean", "max", "prod", "last"] = "sum"
+    granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
+    kinds: tuple[Literal["heads", "channels", "residual", "blocks"], ...] | None = None
+    selection: Literal["global", "local"] = "global"
+    blocks: dict[Literal["heads", "channels"], tuple[int, int]] | None = None
+    share: float | None = Field(default=None, ge=0, lt=1)
+    iterations: int = Field(default=1, ge=1)
+    floor: int = Field(default=1, ge=1)
+
+    @property
+    def removes(self) -> tuple[str, ...]:
+        """The kinds of units that may go."""
+        return self.kinds or KINDS[self.granularity]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the criterion looks at gradients."""
+        return not CRITERIA[self.criterion].weights_only
+
+    def plan(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        tokens: Tensor,
+        *,
+        keep: float,
+        of: str = "blocks",
+        layout: str = "per-layer",
+        align: int = 1,
+        seed: int = 42,
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
+        kinds = [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
+        plan = keep_all(graph.of_kind(*kinds))
+        scores: dict[str, Tensor] = {}
+        for step in range(1, self.iterations + 1):
+            done = step / self.iterations
+            with masked(model, plan, graph):
+                statistics = collect(model, tokens, graph, self.criterion, kinds=kinds)
+                scores = score(graph, statistics, reduction=self.reduction, seed=seed)
+            scores = {name: _spent_first(values, plan, name) for name, values in scores.items()}
+            if self.share is not None:
+                plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=self.blocks)
+            else:
+                plan = select(
+                    graph, scores, keep=1 - (1 - keep) * done, of=of, layout=layout, selection=self.selection, align=align,
+                    kinds=kinds, ranges=self.blocks, floor=self.floor,
+                )
+        return plan, scores
+
+
+def _spent_first(values: Tensor, plan: Plan, group: str) -> Tensor:
+    """What an earlier step removed is worth nothing now, whatever the criterion says."""
+    stays = values.new_zeros(values.shape)
+    stays[list(plan.groups[group].keep)] = 1
+    return values * stays

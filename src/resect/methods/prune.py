@@ -1,0 +1,164 @@
+"""One call from a dense model to a smaller one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from resect.calibration import calibrate
+from resect.checkpoint import expressible_kinds
+from resect.errors import UsageError, nearest
+from resect.graph import Graph, trace
+from resect.methods.llm_pruner import LLMPruner
+from resect.plan import LAYOUTS, Plan
+from resect.surgery import cut_and_check
+
+M = TypeVar("M", bound=BaseModel)
+
+METHODS: dict[str, type[LLMPruner]] = {"llm-pruner": LLMPruner}
+"""Methods by name; each is a pydantic model of its settings with a `plan` method."""
+
+
+@dataclass
+class Result:
+    """What pruning gives: the smaller model, the decision, and what was measured on the way."""
+
+    model: nn.Module
+    plan: Plan
+    report: dict[str, Any]
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    graph: Graph | None = None
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    method: str = "llm-pruner",
+    keep: float = 0.8,
+    of: str = "blocks",
+    layout: str = "uniform",
+    align: int = 1,
+    data: str | Sequence[str] | Tensor | None = None,
+    samples: int = 128,
+    length: int = 128,
+    seed: int = 42,
+    settings: Mapping[str, Any] | None = None,
+    plan_only: bool = False,
+) -> Result:
+    """Prunes a model in place and checks that the cut model computes what the masked one does.
+
+    `keep` is the share of `of` (`blocks`, `model` parameters or `macs`) that stays. `layout="uniform"` gives every layer the
+    same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a calibration
+    source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
+    `plan_only` stops before the cut. Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`; the model is then unchanged.
+    """
+    chosen = method_settings(method, settings)
+    if layout not in LAYOUTS:
+        raise UsageError(f"There is no layout {layout!r}. {nearest(layout, LAYOUTS)}")
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "trace"):
+        graph = trace(model)
+        chosen, withheld = _deployable(chosen, model, graph, layout)
+    tokens, provenance = torch.empty(0, 0, dtype=torch.long), None
+    if chosen.needs_text:
+        with _timed(seconds, "calibration"):
+            tokens, provenance = _tokens(data, tokenizer, model, samples=samples, length=length, seed=seed)
+    with _timed(seconds, "plan"):
+        plan, scores = chosen.plan(model, graph, tokens, keep=keep, of=of, layout=layout, align=align, seed=seed)
+    plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
+    report = _report(graph, plan) | {
+        "method": method, "settings": chosen.model_dump(mode="json"), "calibration": provenance, "withheld": withheld,
+        "seconds": seconds,
+    }
+    if not plan_only:
+        with _timed(seconds, "cut"):
+            report["cut_equals_mask"] = cut_and_check(model, plan, graph, seed=seed)
+    return Result(model, plan, report, scores, graph)
+
+
+def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> LLMPruner:
+    """The validated settings of a method; unknown names are `UsageError`s that name the nearest valid one."""
+    if method not in METHODS:
+        raise UsageError(f"There is no method {method!r}. {nearest(method, METHODS)}")
+    kind = METHODS[method]
+    for name in settings or {}:
+        if name not in kind.model_fields:
+            raise UsageError(f"{method} has no setting {name!r}. {nearest(name, kind.model_fields)}")
+    return validated(kind, settings or {}, what=method)
+
+
+def validated(kind: type[M], values: Mapping[str, Any], *, what: str) -> M:
+    """A pydantic model of the values; what does not fit is a `UsageError` that names the key and what it may be."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as problem:
+        lines = []
+        for error in problem.errors():
+            key, given = ".".join(map(str, error["loc"])), error.get("input")
+            options = str(error.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+            near = f" {nearest(given, options)}" if isinstance(given, str) and any(options) else ""
+            lines.append(f"{what}: {key} = {given!r}: {error['msg']}.{near}")
+        raise UsageError("\n".join(lines)) from problem
+
+
+def _deployable(chosen: LLMPruner, model: nn.Module, graph: Graph, layout: str) -> tuple[LLMPruner, dict[str, str]]:
+    """Leaves out, from a uniform layout, the kinds that no stock configuration of the family can express smaller."""
+    if layout != "uniform" or not isinstance(model, PreTrainedModel):
+        return chosen, {}
+    asked = [kind for kind in chosen.removes if graph.of_kind(kind)]
+    found = expressible_kinds(model, graph.of_kind(*asked))  # type: ignore[arg-type]
+    withheld = {kind: str(why) for kind, why in found.items() if why is not True}
+    left = tuple(kind for kind in asked if kind not in withheld)
+    if asked and not left:
+        reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
+        raise UsageError(f"layout=uniform asks for a stock configuration, and none can express this cut ({reasons}). Use layout=per-layer.")
+    return (chosen.model_copy(update={"kinds": left}) if withheld else chosen), withheld
+
+
+def _tokens(
+    data: str | Sequence[str] | Tensor | None, tokenizer: Any, model: nn.Module, *, samples: int, length: int, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    if isinstance(data, Tensor):
+        return data, {"source": "tokens given by the caller", "samples": data.shape[0], "length": data.shape[1]}
+    if tokenizer is None and data is not None:
+        raise UsageError(f"Calibration on {data!r} needs the model's tokenizer. Pass it, or token windows as data.")
+    calibration = calibrate(data, tokenizer, samples=samples, length=length, seed=seed, model=model)
+    return calibration.tokens, dict(calibration.provenance)
+
+
+def _report(graph: Graph, plan: Plan) -> dict[str, Any]:
+    """Sizes before and after, by formula, and what every layer keeps."""
+    removed = plan.removed()
+    return {
+        "parameters": {"dense": graph.parameter_count(), "pruned": graph.parameter_count(removed)},
+        "block_parameters": {
+            "dense": graph.parameter_count(blocks_only=True),
+            "pruned": graph.parameter_count(removed, blocks_only=True),
+        },
+        "macs": {"dense": graph.macs(), "pruned": graph.macs(removed), "tokens": 64},
+        "groups": [
+            {"name": name, "kind": kept.kind, "layer": kept.layer, "units": kept.units, "kept": len(kept.keep)}
+            for name, kept in plan.groups.items()
+        ],
+        "frozen": sorted({f"{item.reason}" for item in graph.frozen}),
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,11 @@
+"""Recipes: everything that a run needs in one file, and carrying it out."""
+
+from resect.recipe.measure import evaluate
+from resect.recipe.reading import evaluation_section, read_recipe
+from resect.recipe.run import RunResult, run
+from resect.recipe.schema import CalibrationSection, EvaluationSection, Recipe, Timing
+
+__all__ = [
+    "CalibrationSection", "EvaluationSection", "Recipe", "RunResult", "Timing", "evaluate", "evaluation_section",
+    "read_recipe", "run",
+]

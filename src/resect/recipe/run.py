@@ -1,0 +1,204 @@
+"""A recipe carried out: from a dense model to a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
+from resect.checkpoint.load import find
+from resect.errors import CheckpointError, UsageError
+from resect.methods import Result, prune
+from resect.plan import Plan
+from resect.recipe.measure import Announce, Stages, device_of, dtype_of, measure, read_evaluation_texts, timed, weight_bytes
+from resect.recipe.schema import Recipe
+from resect.report import Measured, RunReport, peak_memory, run_markdown, run_report
+
+HEADER = "# Everything that this run was asked for, defaults written out. Again: resect run recipe.yaml -o DIRECTORY\n"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    directory: Path
+    plan: Plan
+    report: RunReport
+    model: PreTrainedModel
+    """Pruned; still dense after a dry run."""
+
+
+def run(
+    recipe: Recipe, *, overwrite: bool = False, dry_run: bool = False, announce: Announce | None = None
+) -> RunResult:
+    """Loads, evaluates, prunes, saves, verifies in a fresh process, evaluates again, and reports.
+
+    The run directory holds the model's files, plan.json, recipe.yaml, report.json and report.md. It appears whole, once the
+    saved model was verified; the pruned model's measurements are added to the reports afterwards. `dry_run` stops at the
+    plan. `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
+    on the exception says what there is.
+    """
+    directory = _directory(recipe, overwrite)
+    with _noting(f"Nothing was written to {directory}."):
+        return _run(recipe, directory, overwrite=overwrite, dry_run=dry_run, stages=Stages(announce))
+
+
+def _run(recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, stages: Stages) -> RunResult:
+    asked = recipe.evaluation
+    model, tokenizer = _load(recipe, stages)
+    texts = {} if dry_run else read_evaluation_texts(asked, tokenizer)
+    dense = None
+    if asked.dense and not dry_run and (texts or asked.generations):
+        with stages("evaluate dense", "evaluate the dense model"):
+            dense = measure(model, tokenizer, asked, texts=texts, name="dense")
+    with stages("prune", f"prune with {recipe.method}"):
+        result = _prune(recipe, model, tokenizer, plan_only=dry_run)
+    stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
+    report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense)
+    report.prompts = list(asked.generations)
+    if dry_run:
+        files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()}
+        _write_plan(directory, files, overwrite=overwrite)
+        return RunResult(directory, result.plan, report, model)
+    _save(recipe, result, report, directory=directory, tokenizer=tokenizer, overwrite=overwrite, stages=stages)
+    with _noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
+        _measure_pruned(recipe, model, tokenizer, report=report, texts=texts, stages=stages)
+        report.status = "complete"
+        _replace(directory, _texts(recipe, report, stages))
+    return RunResult(directory, result.plan, report, model)
+
+
+def _directory(recipe: Recipe, overwrite: bool) -> Path:
+    if not recipe.output:
+        raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
+    return check_directory(recipe.output, overwrite=overwrite)
+
+
+def _load(recipe: Recipe, stages: Stages) -> tuple[PreTrainedModel, Any]:
+    device = device_of(recipe.device)
+    with stages("load", f"load {recipe.model}"):
+        # The tokenizer first: it is quick, and without one there is no use in reading weights.
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        return _load_model(recipe, device), tokenizer
+
+
+def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
+    return load(recipe.model, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=recipe.trust_remote_code)
+
+
+def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool) -> Result:
+    calibration = recipe.calibration
+    return prune(
+        model, tokenizer, method=recipe.method, keep=recipe.keep, of=recipe.of, layout=recipe.layout, align=recipe.align,
+        data=calibration.source, samples=calibration.samples, length=calibration.length, seed=recipe.seed,
+        settings=recipe.settings, plan_only=plan_only,
+    )
+
+
+def _save(
+    recipe: Recipe, result: Result, report: RunReport, *, directory: Path, tokenizer: Any, overwrite: bool, stages: Stages
+) -> None:
+    """Writes the whole run directory, which gets its name only when a fresh process gave the model's logits."""
+    assert isinstance(result.model, PreTrainedModel)
+    with _placed(directory, overwrite) as partial:
+        with stages("save", f"save to {directory}"):
+            saved = save(result.model, partial, tokenizer=tokenizer, plan=result.plan)
+        with stages("verify", "verify in a fresh process"):
+            report.reload_difference = verify(partial, result.model)
+        report.saved = _facts(saved, directory)
+        report.pruned.file_bytes = weight_bytes(str(partial))
+        if not find(recipe.model).gguf:  # quantised, and no measure of what was removed
+            report.dense.file_bytes = weight_bytes(recipe.model)
+        report.status = "saved"
+        _fill(partial, _texts(recipe, report, stages))
+
+
+def _measure_pruned(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, report: RunReport, texts: Mapping[str, Tensor], stages: Stages
+) -> None:
+    """Adds the figures of the pruned model to the report; of both, where they are measured in turns."""
+    asked = recipe.evaluation
+    with stages("evaluate pruned", "evaluate the pruned model"):
+        found = measure(model, tokenizer, asked, texts=texts, name="pruned")
+    _take(report.pruned, found)
+    if not asked.latency:
+        return
+    models = {"pruned": model}
+    with stages("latency", "latency, in turns"):
+        if asked.dense:
+            models = {"dense": _load_model(recipe, device_of(recipe.device)), **models}
+        timings = timed(models, asked.latency)
+    report.dense.timings, report.pruned.timings = timings.get("dense"), timings["pruned"]
+
+
+def _take(known: Measured, found: Measured) -> None:
+    """What was measured of a model whose sizes are known."""
+    known.parameters = found.parameters
+    known.perplexities, known.generations = found.perplexities, found.generations
+
+
+def _facts(saved: Saved, directory: Path) -> dict[str, Any]:
+    return asdict(replace(saved, directory=str(directory), changes=dict(saved.changes)))
+
+
+def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
+    """The text files of a run, as they are now."""
+    report.seconds = dict(stages.seconds)
+    report.peak_memory_bytes = peak_memory()
+    return {"recipe.yaml": HEADER + recipe.to_yaml(), "report.json": report.to_json(), "report.md": run_markdown(report)}
+
+
+def _write_plan(directory: Path, files: Mapping[str, str], *, overwrite: bool) -> None:
+    with whole_directory(directory, overwrite=overwrite) as partial:
+        _fill(partial, files)
+
+
+def _fill(directory: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _replace(directory: Path, files: Mapping[str, str]) -> None:
+    """Puts new files in the place of old ones, each of them whole at any time."""
+    for name, text in files.items():
+        partial = directory / f".{name}.partial"
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, directory / name)
+        except OSError as problem:
+            raise CheckpointError(f"Asked to complete {directory / name}; {problem}. Free some space and evaluate it again.") from problem
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _placed(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to fill, renamed when whole; errors speak of the name that was asked for."""
+    partial = directory
+    try:
+        with whole_directory(directory, overwrite=overwrite) as partial:
+            yield partial
+    except CheckpointError as problem:
+        said = str(problem).replace(str(partial), str(directory))
+        raise CheckpointError(said) from problem
+
+
+@contextmanager
+def _noting(note: str) -> Iterator[None]:
+    """Adds to whatever stops the block a note of how things stand, unless there is a more exact one."""
+    try:
+        yield
+    except BaseException as problem:
+        if not getattr(problem, "__notes__", None):
+            problem.add_note(note)
+        raise

@@ -1,0 +1,132 @@
+"""Everything a run needs, as one value: YAML files, command lines and library calls all make a `Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from resect.errors import UsageError, nearest
+from resect.recipe.explain import explain
+
+
+def _several(value: Any) -> Any:
+    """A single text or number stands for a list of one, nothing for none."""
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+def _timing(value: Any) -> Any:
+    """`true` asks for the default timing, `false` for none."""
+    return {} if value is True else None if value is False else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSection(Section):
+    """The text that decides what goes."""
+
+    source: Annotated[tuple[str, ...] | None, BeforeValidator(_several)] = None
+    """Files, hub data sets, `demo`, `self`; several give equal shares. None: text that the model writes itself."""
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=128, ge=2)
+    """Tokens a sample."""
+
+
+class Timing(Section):
+    """How latency is measured: a prompt is read, then tokens are written one by one."""
+
+    prompt: int = Field(default=512, ge=1)
+    decode: int = Field(default=32, ge=1)
+    repeats: int = Field(default=5, ge=1)
+
+
+class EvaluationSection(Section):
+    """What is measured before and after."""
+
+    dense: bool = True
+    """Whether the dense model is measured too."""
+    texts: Texts = ()
+    """Files, hub data sets or `demo`, for perplexity."""
+    windows: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_several)] = (128, 2048)
+    """Tokens a window."""
+    limit: int | None = Field(default=None, ge=2)
+    """At most so many tokens of each text."""
+    latency: Annotated[Timing | None, BeforeValidator(_timing)] = None
+    generations: Texts = ()
+    """Prompts to be continued greedily."""
+    new_tokens: int = Field(default=48, ge=1)
+    chat: bool = False
+    """Whether the prompts are messages, put into the tokenizer's chat template."""
+
+
+class Recipe(Section):
+    """A complete description of a run; `to_yaml` writes out every default, so that running it again is the reproduction."""
+
+    model: str
+    """A hub id, a directory, a GGUF file, or `demo`."""
+    output: str | None = None
+    """The run directory; relative to where the program runs."""
+    method: str = "llm-pruner"
+    keep: float = Field(default=0.8, gt=0, le=1)
+    of: Literal["blocks", "model", "macs"] = "blocks"
+    layout: Literal["uniform", "per-layer"] = "uniform"
+    align: int = Field(default=1, ge=1)
+    calibration: CalibrationSection = CalibrationSection()
+    settings: dict[str, Any] = Field(default={}, validate_default=True)
+    """The method's own."""
+    evaluation: EvaluationSection = EvaluationSection()
+    seed: int = Field(default=42, ge=0)
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: str) -> str:
+        if not model.strip():
+            raise ValueError("model is empty. Name a hub id, a directory, a .gguf file, or demo.")
+        return model
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        from resect.methods import METHODS  # torch comes with it, and reading a help text needs none
+
+        if method not in METHODS:
+            raise ValueError(f"method = {method!r}: there is no such method. {nearest(method, METHODS)}")
+        return method
+
+    @field_validator("settings")
+    @classmethod
+    def _complete(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from resect.methods import METHODS
+
+        if "method" not in info.data:  # refused already
+            return settings
+        kind = METHODS[info.data["method"]]
+        try:
+            return kind.model_validate(settings).model_dump(mode="json")
+        except ValidationError as problem:
+            raise ValueError(explain(problem, kind, at="settings")) from problem
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of some values; what does not fit is a `UsageError` with its dotted place and the nearest valid name."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as problem:
+            raise UsageError(explain(problem, cls)) from problem
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return text

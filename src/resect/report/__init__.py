@@ -1,0 +1,12 @@
+"""Results as values with a versioned JSON form, as tables for a terminal, and as Markdown."""
+
+from resect.report.inspection import Inspection, inspection
+from resect.report.machine import machine, peak_memory, versions
+from resect.report.markdown import run_markdown
+from resect.report.results import EvaluationReport, Measured, RunReport, TextPerplexity, Timings, run_report
+from resect.report.tables import comparison_table, inspection_tables, run_tables
+
+__all__ = [
+    "EvaluationReport", "Inspection", "Measured", "RunReport", "TextPerplexity", "Timings", "comparison_table",
+    "inspection", "inspection_tables", "machine", "peak_memory", "run_markdown", "run_report", "run_tables", "versions",
+]

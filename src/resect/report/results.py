@@ -1,0 +1,182 @@
+"""What was measured, as values with a versioned JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from resect.evaluation import Latency, Perplexity, Spread
+from resect.report.machine import machine, versions
+
+SCHEMA = 1
+"""Raised when a field changes its meaning or goes; new fields may appear without."""
+
+
+class Record(BaseModel):
+    """A result: plain values, written once."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """JSON, numbers that are not finite as null."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+class TextPerplexity(Record):
+    """Perplexity on one text in windows of one size."""
+
+    text: str
+    window: int
+    value: float
+    nats: float
+    tokens: int
+    """Tokens predicted."""
+    windows: int
+    dropped: int
+    digest: str
+    """sha256 of the text's tokens."""
+
+    @classmethod
+    def of(cls, found: Perplexity, *, text: str, digest: str) -> TextPerplexity:
+        """The figures of an evaluation."""
+        return cls(
+            text=text, window=found.window, value=found.value, nats=found.nats, tokens=found.tokens,
+            windows=found.windows, dropped=found.dropped, digest=digest,
+        )
+
+
+class Measurements(Record):
+    """A quantity measured several times."""
+
+    median: float
+    low: float
+    high: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, found: Spread) -> Measurements:
+        """The figures of an evaluation."""
+        return cls(median=found.median, low=found.low, high=found.high, values=list(found.values))
+
+
+class Timings(Record):
+    """Wall-clock figures, batch size 1."""
+
+    prompt: int
+    decode: int
+    prefill_seconds: Measurements
+    decode_tokens_per_second: Measurements
+    device: str
+    dtype: str
+    threads: int
+
+    @classmethod
+    def of(cls, found: Latency) -> Timings:
+        """The figures of an evaluation."""
+        return cls(
+            prompt=found.prompt, decode=found.decode, prefill_seconds=Measurements.of(found.prefill_seconds),
+            decode_tokens_per_second=Measurements.of(found.decode_tokens_per_second), device=found.device,
+            dtype=found.dtype, threads=found.threads,
+        )
+
+
+class Measured(Record):
+    """Everything known of one model."""
+
+    name: str
+    parameters: int
+    block_parameters: int | None = None
+    macs: int | None = None
+    """Multiply-accumulates of one sequence of `macs_tokens` tokens."""
+    macs_tokens: int | None = None
+    file_bytes: int | None = None
+    """Size of the weight files, where they are local."""
+    perplexities: list[TextPerplexity] = []
+    timings: Timings | None = None
+    generations: list[str] = []
+
+
+class GroupSizes(Record):
+    """How many units of a coupled group stay."""
+
+    name: str
+    kind: str
+    layer: int | None
+    units: int
+    kept: int
+
+
+class RunReport(Record):
+    """A run: what was asked, what came of it, what it took."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["run"] = "run"
+    status: Literal["planned", "saved", "complete"]
+    """`planned`: a dry run. `saved`: the pruned model is on disk, not measured. `complete`: nothing is missing."""
+    recipe: dict[str, Any]
+    models: list[Measured]
+    """Dense, then pruned (as planned, in a dry run)."""
+    prompts: list[str] = []
+    groups: list[GroupSizes]
+    withheld: dict[str, str] = {}
+    """Kinds of units that were asked for and left whole, and why."""
+    frozen: list[str] = []
+    """Why axes are kept whole."""
+    calibration: dict[str, Any] | None = None
+    """Where the text came from; None where the criterion needs none."""
+    cut_equals_mask: float | None = None
+    """Largest logit difference between the cut model and the masked one, as a share of the logit scale."""
+    saved: dict[str, Any] | None = None
+    """How the directory loads."""
+    reload_difference: float | None = None
+    """Largest logit difference of what a fresh process loads, as a share of the logit scale."""
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+
+    @property
+    def dense(self) -> Measured:
+        """The model before."""
+        return self.models[0]
+
+    @property
+    def pruned(self) -> Measured:
+        """The model after."""
+        return self.models[1]
+
+
+class EvaluationReport(Record):
+    """Several models measured in the same way."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["evaluation"] = "evaluation"
+    models: list[Measured]
+    limit: int | None = None
+    """Tokens that each text was cut to."""
+    prompts: list[str] = []
+    seconds: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+
+
+def run_report(
+    recipe: Mapping[str, Any], pruning: Mapping[str, Any], *, dense: Measured | None, pruned: Measured | None = None
+) -> RunReport:
+    """The report of a run so far, from the facts that pruning gives; sizes are put into the models' figures."""
+    models = []
+    for name, found in (("dense", dense), ("pruned", pruned)):
+        sizes = {key: pruning[key][name] for key in ("parameters", "block_parameters", "macs")}
+        known = found.model_dump() if found else {}
+        models.append(Measured(**{**known, "name": name, **sizes, "macs_tokens": pruning["macs"].get("tokens")}))
+    return RunReport(
+        status="planned", recipe=dict(recipe), models=models, groups=_groups(pruning["groups"]),
+        withheld=pruning["withheld"], frozen=pruning["frozen"], calibration=pruning["calibration"],
+        cut_equals_mask=pruning.get("cut_equals_mask"), versions=versions(), machine=machine(),
+    )
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> list[GroupSizes]:
+    return [GroupSizes(**group) for group in groups]

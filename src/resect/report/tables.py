@@ -1,0 +1,138 @@
+"""Results as tables for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from resect.report.figures import figures, metric
+from resect.report.inspection import Inspection
+from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
+from resect.report.results import EvaluationReport, RunReport
+from resect.report.words import asked, provenance
+
+FROZEN_SHOWN = 12
+"""Lines of frozen axes shown; the JSON form has all."""
+LAYERS_SHOWN = 48
+
+
+def run_tables(report: RunReport) -> Group:
+    """Before and after, what each layer keeps, and what the models write."""
+    planned = report.status == "planned"
+    table = _table("" if planned else asked(report))
+    for column in ("", "dense", "planned" if planned else "pruned", "change"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for figure in figures(report.models):
+        table.add_row(figure.name, *figure.texts(), figure.change())
+    parts: list[RenderableType] = [table, layer_table(report)]
+    parts += [Text(f"{kind} stay whole: {why}", style="yellow") for kind, why in report.withheld.items()]
+    if report.prompts and report.pruned.generations:
+        parts.append(_generations(report))
+    parts.append(Text(provenance(report), style="dim"))
+    return Group(*parts)
+
+
+def layer_table(report: RunReport) -> Table:
+    """A line per run of layers that keep the same, with a bar per kind."""
+    rows = layer_rows(report.groups)
+    table = _table("What stays")
+    table.add_column("layers")
+    for kind in kinds_of(rows):
+        table.add_column(kind)
+    for row in rows[:LAYERS_SHOWN]:
+        table.add_row(spans(row.layers) or "all", *(_cell(row, kind) for kind in kinds_of(rows)))
+    if len(rows) > LAYERS_SHOWN:
+        table.add_row("...", f"{len(rows) - LAYERS_SHOWN} more lines in plan.json")
+    return table
+
+
+def comparison_table(report: EvaluationReport) -> Group:
+    """A row per model."""
+    table = _table("")
+    table.add_column("model", overflow="fold")
+    rows = figures(report.models)
+    for figure in rows:
+        table.add_column(figure.name, justify="right", overflow="fold")
+    for place, model in enumerate(report.models):
+        table.add_row(model.name, *(figure.texts()[place] for figure in rows))
+    parts: list[RenderableType] = [table]
+    for prompt_number, prompt in enumerate(report.prompts):
+        written = _table(f"Prompt: {prompt}")
+        written.add_column("model")
+        written.add_column("greedy continuation", overflow="fold")
+        for model in report.models:
+            written.add_row(model.name, Text(model.generations[prompt_number].strip()))
+        parts.append(written)
+    return Group(*parts)
+
+
+def inspection_tables(found: Inspection) -> Group:
+    """Units and their prices, shares, and what is frozen."""
+    head = Text(
+        f"{found.model}: {found.architecture}, {found.parameters:,} parameters, {found.block_parameters:,} of them in "
+        f"{found.blocks} blocks; {metric(found.macs)}MACs on 1 x 64 tokens"
+    )
+    parts: list[RenderableType] = [head, _unit_table(found), _share_table(found)]
+    parts += [
+        Text(f"Norms that run over {kind}: {', '.join(norms)}. They normalise what stays.", style="dim")
+        for kind, norms in found.mixed.items()
+    ]
+    if found.frozen:
+        parts.append(_frozen_table(found))
+    return Group(*parts)
+
+
+def _unit_table(found: Inspection) -> Table:
+    table = _table("Units")
+    for column in ("kind", "layers", "groups", "units in each", "parameters per unit"):
+        table.add_column(column, justify="left" if column in ("kind", "layers") else "right", overflow="fold")
+    for row in found.units:
+        layers = row.layers or "all"
+        table.add_row(row.kind, layers, str(row.groups), f"{row.units:,}", f"{row.unit_parameters:,}")
+    return table
+
+
+def _share_table(found: Inspection) -> Table:
+    table = _table("What all of them hold")
+    for column in ("kind", "parameters", "of the blocks", "of the model"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for row in found.shares:
+        table.add_row(row.kind, f"{row.parameters:,}", f"{row.of_blocks:.1%}", f"{row.of_model:.1%}")
+    return table
+
+
+def _frozen_table(found: Inspection) -> Table:
+    table = _table("Kept whole")
+    for column in ("parameter", "axis", "positions", "layers", "because"):
+        table.add_column(column, justify="right" if column in ("axis", "positions") else "left", overflow="fold")
+    for row in found.frozen[:FROZEN_SHOWN]:
+        table.add_row(row.parameter, str(row.axis), f"{row.size:,}", row.layers or "-", row.reason)
+    if len(found.frozen) > FROZEN_SHOWN:
+        table.add_row(f"and {len(found.frozen) - FROZEN_SHOWN} more, see --json", "", "", "", "")
+    return table
+
+
+def _generations(report: RunReport) -> Table:
+    table = _table("Greedy continuations")
+    table.add_column("prompt", ratio=1, overflow="fold")
+    table.add_column("dense", ratio=2, overflow="fold")
+    table.add_column("pruned", ratio=2, overflow="fold")
+    dense: Sequence[str] = report.dense.generations or ["-"] * len(report.prompts)
+    for row in zip(report.prompts, dense, report.pruned.generations, strict=True):
+        table.add_row(*(Text(text.strip()) for text in row))
+    return table
+
+
+def _cell(row: LayerRow, kind: str) -> str:
+    if kind not in row.sizes:
+        return ""
+    kept, units = row.sizes[kind]
+    return f"{bar(kept, units)} {kept:,} of {units:,}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, title_style="bold")

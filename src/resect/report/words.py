@@ -1,0 +1,50 @@
+"""A run in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resect.report.results import RunReport
+
+OF = {"blocks": "block parameters", "model": "parameters", "macs": "multiply-accumulates"}
+LOADS = {
+    "uniform": "stock transformers: `AutoModelForCausalLM.from_pretrained(directory)`",
+    "per-layer": "`resect.load(directory)`, or transformers with `trust_remote_code=True` (the code lies beside the weights)",
+}
+
+
+def asked(report: RunReport) -> str:
+    """What the recipe asked for."""
+    recipe = report.recipe
+    settings = recipe["settings"]
+    if settings.get("share") is not None:
+        target = f"share {settings['share']:g} of every chosen group removed"
+    else:
+        target = f"{100 * recipe['keep']:g} % of {OF[recipe['of']]} kept"
+    return f"{recipe['model']}: {target} ({recipe['method']}, {settings['criterion']}, {recipe['layout']} layout)"
+
+
+def provenance(report: RunReport) -> str:
+    """Which text decided, with which seed."""
+    seed = f"seed {report.recipe['seed']}"
+    if report.calibration is None:
+        return f"No calibration text: {report.recipe['settings']['criterion']} looks at weights only; {seed}."
+    return f"Calibration: {calibration_text(report.calibration)}; {seed}. Perplexity windows do not overlap; no token is added."
+
+
+def calibration_text(calibration: dict[str, Any]) -> str:
+    """Source, samples and length of the calibration text."""
+    source = calibration["source"]
+    names = source if isinstance(source, str) else ", ".join(source)
+    return f"{names}, {calibration['samples']} x {calibration['length']} tokens"
+
+
+def kept_shares(report: RunReport) -> str:
+    """What stays of blocks, model and work."""
+    dense, pruned = report.dense, report.pruned
+    parts = []
+    for name in ("block_parameters", "parameters", "macs"):
+        before, after = getattr(dense, name), getattr(pruned, name)
+        if before and after is not None:
+            parts.append(f"{100 * after / before:.2f} % of {OF[{'block_parameters': 'blocks', 'parameters': 'model'}.get(name, name)]}")
+    return ", ".join(parts)
