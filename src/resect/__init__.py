@@ -8,5 +8,17 @@ from resect.plan import Plan
 from resect.surgery import cut, mask, masked
 
 __all__ = [
-    "Graph", "Plan", "Result", "calibrate", "cut", "load", "load_tokenizer", "mask", "masked", "prune", "save", "skeleton", "trace",
+    "Graph",
+    "Plan",
+    "Result",
+    "calibrate",
+    "cut",
+    "load",
+    "load_tokenizer",
+    "mask",
+    "masked",
+    "prune",
+    "save",
+    "skeleton",
+    "trace",
 ]

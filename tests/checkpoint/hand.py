@@ -35,9 +35,7 @@ def cut_by_hand(
         for axis, keep in axes.items():
             new = new.index_select(axis, torch.tensor(keep))
         for module, leaf in places[id(old)]:
-            setattr(
-                module, leaf, nn.Parameter(new) if module is places[id(old)][0][0] else places[id(old)][0][0].weight
-            )
+            setattr(module, leaf, nn.Parameter(new) if module is places[id(old)][0][0] else places[id(old)][0][0].weight)
         shapes[name] = list(new.shape)
     _set(model, attributes or {})
     _drop(model, sorted(removed, key=lambda name: int(name.rpartition(".")[2])))
@@ -74,9 +72,7 @@ def _drop(model: PreTrainedModel, removed: Sequence[str]) -> None:
                     module.layer_idx = number  # type: ignore[assignment]
 
 
-def channels(
-    layers: Iterable[int], keep: Sequence[int] | Mapping[int, Sequence[int]], *, biases: bool = False
-) -> Slices:
+def channels(layers: Iterable[int], keep: Sequence[int] | Mapping[int, Sequence[int]], *, biases: bool = False) -> Slices:
     """MLP channels of a Llama-like model: the rows of gate and up, the columns of down."""
     slices: dict[str, Mapping[int, Sequence[int]]] = {}
     for layer in layers:

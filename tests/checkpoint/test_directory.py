@@ -58,9 +58,7 @@ def test_replaces_only_when_asked(old: Path) -> None:
     assert contents(old.parent) == {"old/new.txt": "new"}
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x")])
 def test_a_failure_while_writing_leaves_everything_as_it_was(old: Path, error: BaseException) -> None:
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):

@@ -122,9 +122,7 @@ def test_classes_are_made_on_demand() -> None:
 
 
 def test_a_record_free_config_is_the_dense_model() -> None:
-    config = modeling_resect.ResectLlamaConfig(
-        **LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=5).to_diff_dict()
-    )
+    config = modeling_resect.ResectLlamaConfig(**LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=5).to_diff_dict())
     with torch.device("meta"):
         assert len(modeling_resect.ResectLlamaForCausalLM(config).model.layers) == 1
 
@@ -192,9 +190,7 @@ def test_attention_implementation_reaches_private_configurations(shipped: tuple[
 def test_adapters_train_on_it(shipped: tuple[PreTrainedModel, str]) -> None:
     peft = pytest.importorskip("peft")
     loaded = AutoModelForCausalLM.from_pretrained(shipped[1], trust_remote_code=True)
-    adapted = peft.get_peft_model(
-        loaded, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    )
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     adapted(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     merged_model = adapted.merge_and_unload()

@@ -163,9 +163,7 @@ def test_everything_needed_lies_in_the_directory(cut: object, tmp_path: Path) ->
     model = uniform(FAMILIES["llama"]()) if cut is uniform else uneven(FAMILIES["llama"]())
     model.train()
     before = snapshot(model)
-    saved = save(
-        model, tmp_path / "m", tokenizer=tiny_tokenizer(), plan=Plan(), extra_files={"report/index.html": "<p>"}
-    )
+    saved = save(model, tmp_path / "m", tokenizer=tiny_tokenizer(), plan=Plan(), extra_files={"report/index.html": "<p>"})
     assert_untouched(model, before)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     code = {"m/modeling_resect.py"} if cut is uneven else set()
@@ -229,9 +227,7 @@ def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"]()
     directory = save(model, tmp_path / "model").directory
-    monkeypatch.setattr(
-        "subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no such class")
-    )
+    monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no such class"))
     with pytest.raises(CheckpointError, match=r"fresh process failed: no such class"):
         verify(directory, model)
     with pytest.raises(CheckpointError, match=r"no config.json"):

@@ -42,9 +42,7 @@ def test_channels_and_heads(family: str) -> None:
 
 def test_all_widths_together() -> None:
     model = FAMILIES["llama"]()
-    slices = merged(
-        channels(LAYERS, range(30)), heads(model, dict.fromkeys(LAYERS, [0])), residual(model, range(48), 60)
-    )
+    slices = merged(channels(LAYERS, range(30)), heads(model, dict.fromkeys(LAYERS, [0])), residual(model, range(48), 60))
     assert changes(model, slices) == {
         "hidden_size": 48,
         "intermediate_size": 30,
@@ -98,9 +96,7 @@ def test_uneven_layers_are_named() -> None:
 def test_the_caller_has_the_last_word() -> None:
     """GPT-2 narrower in proportion to its heads: the shapes alone don't say how many heads; only `accept` can."""
     model = FAMILIES["gpt2"]()
-    target = {
-        name: tuple({48: 32, 144: 96}.get(size, size) for size in shape) for name, shape in shapes_of(model).items()
-    }
+    target = {name: tuple({48: 32, 144: 96}.get(size, size) for size in shape) for name, shape in shapes_of(model).items()}
     tried = []
 
     def accept(stock: Stock) -> str:

@@ -57,8 +57,7 @@ def whole_directory(directory: str | Path, *, overwrite: bool = False) -> Iterat
         _remove_empty(made)
         if _out_of_space(error):
             raise CheckpointError(
-                f"Asked to save to {target}; the disk is full. Nothing was changed there. "
-                "Free some space, or name another disk."
+                f"Asked to save to {target}; the disk is full. Nothing was changed there. Free some space, or name another disk."
             ) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"Asked to save to {target}; {error}. Nothing was changed there.") from error

@@ -51,8 +51,8 @@ def load(
 
 
 def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that `name` stands for on the meta device: shapes only, no weights are read."""
-    source = find(name)
+    """The model that `name` stands for on the meta device: shapes only, no weights are read or needed."""
+    source = find(name, weights=False)
     with quiet(), read_once(), torch.device("meta"):
         config = _asked(source, lambda: _config(source, trust_remote_code))
         model: PreTrainedModel = _asked(source, lambda: _empty(source, config, trust_remote_code)).eval()
@@ -61,7 +61,7 @@ def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrained
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to `name`, which means what it means to `load`."""
-    source = find(name)
+    source = find(name, weights=False)
     options = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust_remote_code}
     with quiet(), read_once():
         tokenizer = _asked(source, lambda: AutoTokenizer.from_pretrained(source.place, **options), what="tokenizer")
@@ -94,8 +94,11 @@ class Source:
     own_code: bool = False
 
 
-def find(name: str | Path) -> Source:
-    """What `name` stands for, without reading weights; raises for local paths that cannot or must not be loaded."""
+def find(name: str | Path, *, weights: bool = True) -> Source:
+    """What `name` stands for, without reading weights; raises for local paths that cannot or must not be loaded.
+
+    Without `weights`, a directory need not hold any.
+    """
     asked = str(name)
     if asked == DEMO:
         return _demo()
@@ -103,7 +106,7 @@ def find(name: str | Path) -> Source:
     if path.is_file():
         return _file(asked, path)
     if path.is_dir():
-        return _directory(asked, path)
+        return _directory(asked, path, weights)
     if path.suffix in (".gguf", ".safetensors", *PICKLES) or asked.startswith(("/", ".", "~")) or asked.count("/") > 1:
         raise ModelError(f"Asked for the model {asked!r}; no such file or directory. {_nearest_local(path)}")
     return Source(asked, asked)
@@ -123,24 +126,20 @@ def _file(asked: str, path: Path) -> Source:
         return Source(asked, str(path.parent), path.name)
     if path.suffix in PICKLES:
         raise _pickled(asked, path.name)
-    raise ModelError(
-        f"Asked for the model {asked!r}, which is a file, but no GGUF. Name the directory with its config.json."
-    )
+    raise ModelError(f"Asked for the model {asked!r}, which is a file, but no GGUF. Name the directory with its config.json.")
 
 
-def _directory(asked: str, path: Path) -> Source:
+def _directory(asked: str, path: Path, weights: bool) -> Source:
     names = {entry.name for entry in path.iterdir()}
     if "config.json" not in names:
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
         hint = f"Name the file: {path / ggufs[0]}" if ggufs else _nearest_local(path)
         raise ModelError(f"Asked for the model {asked!r}; the directory has no config.json. {hint}")
     pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if not any(name.endswith(".safetensors") for name in names):
+    if weights and not any(name.endswith(".safetensors") for name in names):
         if pickles:
             raise _pickled(asked, pickles[0])
-        raise CheckpointError(
-            f"Asked for the model {asked!r}; the directory has a config.json, but no .safetensors weights."
-        )
+        raise CheckpointError(f"Asked for the model {asked!r}; the directory has a config.json, but no .safetensors weights.")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -144,9 +144,7 @@ def _own_code(
     return own, getattr(modeling_resect, prefix + stock_class.__name__)
 
 
-def _fill(
-    model: PreTrainedModel, config: PreTrainedConfig, model_class: type[PreTrainedModel]
-) -> tuple[PreTrainedModel, float]:
+def _fill(model: PreTrainedModel, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> tuple[PreTrainedModel, float]:
     """A `model_class` with the weights of `model`, sharing their memory, and how far its logits are off.
 
     Raises `CheckpointError` when weights and configuration do not fit or the logits differ by more than rounding.
@@ -158,9 +156,7 @@ def _fill(
     filled, loading = loaded
     wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if wrong:
-        raise CheckpointError(
-            f"{wrong[0]} of the cut model has no place under the configuration of {model_class.__name__}"
-        )
+        raise CheckpointError(f"{wrong[0]} of the cut model has no place under the configuration of {model_class.__name__}")
     filled.to(model.device)
     if model.can_generate():
         filled.generation_config = copy.deepcopy(model.generation_config)
@@ -234,9 +230,7 @@ def _write(directory: Path, name: str, text: str) -> None:
     """A text file at a relative path inside `directory`."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(
-            f"Asked to write {name!r} into the checkpoint; extra files stay inside it. Give a relative path."
-        )
+        raise CheckpointError(f"Asked to write {name!r} into the checkpoint; extra files stay inside it. Give a relative path.")
     path = directory / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -160,9 +160,7 @@ class _Search:
 
     def _candidates(self) -> list[tuple[str, int]]:
         """Integer fields whose value went into a size that changed, as it is or times a constant."""
-        pairs = {
-            pair for name, shape in self.target.items() for pair in zip(self.before.get(name, ()), shape, strict=False)
-        }
+        pairs = {pair for name, shape in self.target.items() for pair in zip(self.before.get(name, ()), shape, strict=False)}
         pairs = {(old, new) for old, new in pairs if old != new}
         found: dict[tuple[str, int], None] = {}
         for name, value in self._fields():
@@ -175,9 +173,7 @@ class _Search:
 
     def _unset(self, changes: Changes) -> list[tuple[str, int]]:
         """Fields that follow another while they are None, with the sizes that are still wrong."""
-        names = [
-            name for name, value in self._fields() if value is None and name not in changes and self._takes_int(name)
-        ]
+        names = [name for name, value in self._fields() if value is None and name not in changes and self._takes_int(name)]
         if not names:
             return []
         found = self._build(changes)
@@ -193,9 +189,7 @@ class _Search:
         return [(n, v) for n, v in self.family.config.to_dict().items() if "token_id" not in n and n != "vocab_size"]
 
     def _takes_int(self, name: str) -> bool:
-        return any(
-            f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config)
-        )
+        return any(f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config))
 
     def _best(self, changes: Changes, options: Sequence[Changes], left: int) -> tuple[int, Changes] | None:
         """The option after which fewest sizes are wrong, if fewer than now."""
@@ -250,9 +244,7 @@ def _families(config: PreTrainedConfig, model_class: type[PreTrainedModel], head
     for relative in RELATIVES.get(config.model_type, ()):
         config_class = CONFIG_MAPPING[relative.model_type]
         known = {field.name for field in dataclasses.fields(config_class)} | {"head_dim"}
-        fields = {
-            name: value for name, value in config.to_dict().items() if name in known and name != "transformers_version"
-        }
+        fields = {name: value for name, value in config.to_dict().items() if name in known and name != "transformers_version"}
         fields |= {name: value(head_dim) if callable(value) else value for name, value in relative.fields.items()}
         other = config_class.from_dict(fields)
         other_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
@@ -328,11 +320,7 @@ def _without_units(model: PreTrainedModel, groups: Sequence[Group], step: int) -
 
 def _without_blocks(model: PreTrainedModel, config: PreTrainedConfig, blocks: int, step: int) -> Shapes:
     """Shapes without the last `step` blocks; `config` is shortened to match."""
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == blocks
-    ]
+    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == blocks]
     gone = range(blocks - step, blocks)
     shorten(config, gone, blocks=blocks)
     prefixes = tuple(f"{name}.{index}." for name in lists for index in gone)

@@ -60,7 +60,7 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) 
 
 @app.command()
 def prune(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A hub id, a directory, a .gguf file, or demo.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")] = None,
     output: Output = None,
     method: Annotated[str | None, typer.Option(help="What decides. [dim]llm-pruner[/]")] = None,
     keep: Annotated[float | None, typer.Option(help="The share that stays, in (0, 1]. [dim]0.8[/]")] = None,
@@ -114,7 +114,7 @@ def run(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hub ids, directories, .gguf files, demo.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Hub ids, directories, .gguf files, demo.")],
     text: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Held-out text, repeatable: a file or a data set's name.")
     ] = None,

@@ -7,6 +7,19 @@ from resect.graph.rules import Call, op_rule
 from resect.graph.trace import replay, trace
 
 __all__ = [
-    "KINDS", "Axis", "Blocks", "Call", "Factor", "Frozen", "Graph", "Group", "Member", "Term", "freeze", "join",
-    "op_rule", "replay", "trace",
+    "KINDS",
+    "Axis",
+    "Blocks",
+    "Call",
+    "Factor",
+    "Frozen",
+    "Graph",
+    "Group",
+    "Member",
+    "Term",
+    "freeze",
+    "join",
+    "op_rule",
+    "replay",
+    "trace",
 ]

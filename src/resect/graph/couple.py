@@ -91,9 +91,7 @@ def _under(axis: Sequence[Atom]) -> list[Atom]:
     return list(dict.fromkeys(found))
 
 
-def _leaves(
-    model: nn.Module, parameters: Mapping[str, Sequence[Axis]]
-) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
+def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]]) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
     found: dict[Atom, _Leaf] = {}
     frozen: list[Frozen] = []
     for name, axes in parameters.items():
@@ -165,9 +163,7 @@ def _depth(
     model: nn.Module, blocks: Blocks, streams: Mapping[str, bool], parameters: Mapping[str, Sequence[Axis]]
 ) -> list[Group]:
     """One group of one unit per block that reads and writes the same stream and shares no parameter."""
-    shared = Counter(
-        id(tensor) for path in range(blocks.count) for tensor in set(_block(model, blocks, path).parameters())
-    )
+    shared = Counter(id(tensor) for path in range(blocks.count) for tensor in set(_block(model, blocks, path).parameters()))
     groups = []
     for layer in range(blocks.count):
         name = f"{blocks.path}.{layer}"

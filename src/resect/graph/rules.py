@@ -431,9 +431,7 @@ def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> 
     for dim in gone:
         note(axes[dim])
     keep = call.outputs[0].ndim == len(axes)
-    left: Sequence[Axis] = [
-        () if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone
-    ]
+    left: Sequence[Axis] = [() if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone]
     return [list(left) for _ in call.outputs]
 
 

@@ -36,7 +36,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
     Raises `ModelError` when the network cannot run.
     """
     recorder = Recorder({id(module): name for name, module in model.named_modules()}, find_blocks(model).path)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _fake_mode()
     with mode, torch.no_grad():
         state = {name: _fake(tensor) for name, tensor in _state(model)}
         args, kwargs = _example(example_inputs, mode)
@@ -54,7 +54,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
     recorder.outputs(output)
     order = {key: place for place, key in enumerate(recorder.used)}
     names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
-    run = Run({name: parameters[name] for name in names}, recorder.operations, recorder.contractions, recorder.streams, recorder.tokens, (args, kwargs))
+    run = Run(
+        {name: parameters[name] for name in names},
+        recorder.operations,
+        recorder.contractions,
+        recorder.streams,
+        recorder.tokens,
+        (args, kwargs),
+    )
     return couple(model, run)
 
 
@@ -67,7 +74,7 @@ def replay(
     """
     kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
     replayer = Replayer({id(module): name for name, module in model.named_modules()}, graph.witness, kept)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _fake_mode()
     with mode, torch.no_grad():
         state = {name: _fake(tensor, shapes.get(name)) for name, tensor in _state(model)}
     args, kwargs = graph.witness.example
@@ -78,6 +85,7 @@ def replay(
     except Exception as problem:
         return replayer.reached, replayer.where, str(problem).splitlines()[0]
     return inf, "", ""
+
 
 class Watcher(TorchDispatchMode):
     """Sees every operator and follows which module is running, through hooks on no module in particular."""
@@ -105,9 +113,7 @@ class Watcher(TorchDispatchMode):
     def left(self, path: str, inputs: Any, output: Any) -> None:
         """Called when a module is done."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs one operator."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -235,6 +241,10 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
+
+
 def _fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return torch.empty(tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype)
 
@@ -263,5 +273,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-

@@ -6,6 +6,7 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +32,7 @@ class LLMPruner(BaseModel):
     granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Literal["heads", "channels", "residual", "blocks"], ...] | None = None
     selection: Literal["global", "local"] = "global"
-    blocks: dict[Literal["heads", "channels"], tuple[int, int]] | None = None
+    blocks: Mapping[str, tuple[int, int]] | None = None
     share: float | None = Field(default=None, ge=0, lt=1)
     iterations: int = Field(default=1, ge=1)
     floor: int = Field(default=1, ge=1)
@@ -72,8 +73,16 @@ class LLMPruner(BaseModel):
                 plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=self.blocks)
             else:
                 plan = select(
-                    graph, scores, keep=1 - (1 - keep) * done, of=of, layout=layout, selection=self.selection, align=align,
-                    kinds=kinds, ranges=self.blocks, floor=self.floor,
+                    graph,
+                    scores,
+                    keep=1 - (1 - keep) * done,
+                    of=of,
+                    layout=layout,
+                    selection=self.selection,
+                    align=align,
+                    kinds=kinds,
+                    ranges=self.blocks,
+                    floor=self.floor,
                 )
         return plan, scores
 

@@ -59,7 +59,7 @@ def prune(
     `keep` is the share of `of` (`blocks`, `model` parameters or `macs`) that stays. `layout="uniform"` gives every layer the
     same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a calibration
     source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
-    `plan_only` stops before the cut. Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`; the model is then unchanged.
+    `plan_only` stops before the cut. Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     chosen = method_settings(method, settings)
     if layout not in LAYOUTS:
@@ -78,7 +78,10 @@ def prune(
         plan, scores = chosen.plan(model, graph, tokens, keep=keep, of=of, layout=layout, align=align, seed=seed)
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     report = _report(graph, plan) | {
-        "method": method, "settings": chosen.model_dump(mode="json"), "calibration": provenance, "withheld": withheld,
+        "method": method,
+        "settings": chosen.model_dump(mode="json"),
+        "calibration": provenance,
+        "withheld": withheld,
         "seconds": seconds,
     }
     if not plan_only:
@@ -117,12 +120,14 @@ def _deployable(chosen: LLMPruner, model: nn.Module, graph: Graph, layout: str) 
     if layout != "uniform" or not isinstance(model, PreTrainedModel):
         return chosen, {}
     asked = [kind for kind in chosen.removes if graph.of_kind(kind)]
-    found = expressible_kinds(model, graph.of_kind(*asked))  # type: ignore[arg-type]
+    found = expressible_kinds(model, graph.of_kind(*asked))
     withheld = {kind: str(why) for kind, why in found.items() if why is not True}
     left = tuple(kind for kind in asked if kind not in withheld)
     if asked and not left:
         reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
-        raise UsageError(f"layout=uniform asks for a stock configuration, and none can express this cut ({reasons}). Use layout=per-layer.")
+        raise UsageError(
+            f"layout=uniform asks for a stock configuration, and none can express this cut ({reasons}). Use layout=per-layer."
+        )
     return (chosen.model_copy(update={"kinds": left}) if withheld else chosen), withheld
 
 

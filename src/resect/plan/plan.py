@@ -23,13 +23,13 @@ class Kept(BaseModel):
     @field_validator("keep")
     @classmethod
     def _sorted(cls, keep: tuple[int, ...]) -> tuple[int, ...]:
-        if list(keep) != sorted(set(keep)):
+        if sorted(set(keep)) != list(keep):
             raise ValueError("unit numbers must be unique and ascending")
         return keep
 
     @model_validator(mode="after")
     def _within(self) -> Kept:
-        if self.keep and not (0 <= self.keep[0] and self.keep[-1] < self.units):
+        if self.keep and not (self.keep[0] >= 0 and self.keep[-1] < self.units):
             raise ValueError(f"units are numbered 0 to {self.units - 1}")
         return self
 
@@ -69,7 +69,9 @@ class Plan(BaseModel):
         for name, kept in other.groups.items():
             mine = groups.get(name)
             if mine and mine.units != kept.units:
-                raise UsageError(f"These plans are for different networks: {name} has {mine.units} units in one, {kept.units} in the other.")
+                raise UsageError(
+                    f"These plans are for different networks: {name} has {mine.units} units in one, {kept.units} in the other."
+                )
             both = sorted(set(kept.keep) & set(mine.keep)) if mine else kept.keep
             groups[name] = kept.model_copy(update={"keep": tuple(both)})
         return Plan(groups=groups, notes={**self.notes, **other.notes})

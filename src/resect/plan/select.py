@@ -181,9 +181,7 @@ def _score(scores: Mapping[str, Tensor], group: Group) -> Tensor:
     return score
 
 
-def _removed(
-    steps: Sequence[Step], ladders: list[list[Group]], before: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def _removed(steps: Sequence[Step], ladders: list[list[Group]], before: Mapping[str, int] | None = None) -> dict[str, int]:
     removed = dict(before or {})
     for step in steps:
         for group in ladders[step.ladder]:

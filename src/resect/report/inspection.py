@@ -59,6 +59,7 @@ class Inspection(Record):
     macs: int
     """Of one sequence of 64 tokens."""
     blocks: int
+    block_path: str
     units: list[UnitRow]
     shares: list[KindShare]
     frozen: list[FrozenRow]
@@ -76,6 +77,7 @@ def inspection(graph: Graph, *, model: str, architecture: str) -> Inspection:
         block_parameters=graph.parameter_count(blocks_only=True),
         macs=graph.macs(),
         blocks=graph.blocks.count,
+        block_path=graph.blocks.path,
         units=[row for kind in kinds for row in _unit_rows(graph, kind)],
         shares=_shares(graph, kinds),
         frozen=_frozen_rows(graph),

@@ -110,7 +110,8 @@ def _frozen_table(found: Inspection) -> Table:
     for column in ("parameter", "axis", "positions", "layers", "because"):
         table.add_column(column, justify="right" if column in ("axis", "positions") else "left", overflow="fold")
     for row in found.frozen[:FROZEN_SHOWN]:
-        table.add_row(row.parameter, str(row.axis), f"{row.size:,}", row.layers or "-", row.reason)
+        inside = row.parameter.removeprefix(f"{found.block_path}.*.") if row.layers else row.parameter
+        table.add_row(inside, str(row.axis), f"{row.size:,}", row.layers or "-", row.reason)
     if len(found.frozen) > FROZEN_SHOWN:
         table.add_row(f"and {len(found.frozen) - FROZEN_SHOWN} more, see --json", "", "", "", "")
     return table

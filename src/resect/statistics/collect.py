@@ -39,9 +39,7 @@ class Statistics:
         """Statistics of both texts."""
         if self.criterion != other.criterion:
             raise UsageError(f"Statistics of {self.criterion.name!r} and of {other.criterion.name!r} do not add.")
-        total = Statistics(
-            self.criterion, self.sequences + other.sequences, self.tokens + other.tokens, self.loss + other.loss
-        )
+        total = Statistics(self.criterion, self.sequences + other.sequences, self.tokens + other.tokens, self.loss + other.loss)
         if self.criterion.weights_only:
             total.positions = self.positions
         elif self.elements and other.elements:
@@ -54,7 +52,7 @@ class Statistics:
             }
         else:
             raise UsageError(
-                f"Statistics of {self.criterion.name!r} were reduced over elements and do not add. Collect both with elements=True."
+                f"Statistics of {self.criterion.name!r} were reduced over elements and do not add. Collect with elements=True."
             )
         return total
 
@@ -200,7 +198,12 @@ def _backward(
     sums.statistics.sequences = len(tokens)
     sums.statistics.tokens = sum(predicted)
     if chain:
-        losses = chain.run(batches, list(sums.axes), lambda n, i: _take(sums, n, parameters[n], predicted[i]), lambda n: sums.complete(n, parameters[n]))
+        losses = chain.run(
+            batches,
+            list(sums.axes),
+            lambda n, i: _take(sums, n, parameters[n], predicted[i]),
+            lambda n: sums.complete(n, parameters[n]),
+        )
     else:
         losses = _whole(model, batches, sums, parameters=parameters)
     for number, loss in enumerate(losses):
@@ -217,9 +220,7 @@ def _take(sums: Sums, name: str, parameter: nn.Parameter, predicted: int) -> Non
         sums.sequence_gradient(name, parameter, gradient, predicted=predicted)
 
 
-def _whole(
-    model: nn.Module, batches: Sequence[Tensor], sums: Sums, *, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[float]:
+def _whole(model: nn.Module, batches: Sequence[Tensor], sums: Sums, *, parameters: Mapping[str, nn.Parameter]) -> Iterator[float]:
     """One backward pass per batch; every gradient is taken and freed the moment it is complete."""
     current = [1]
     hooks = []
@@ -261,5 +262,3 @@ def _prepared(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for module in training:
             module.training = True
-
-

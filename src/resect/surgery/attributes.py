@@ -129,15 +129,13 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
         if type(value) is int and value > 0:
             yield name, value
     config = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         for name, value in config.to_dict().items():
             if type(value) is int and value > 0:
                 yield f"config.{name}", value
 
 
-def _apply(
-    model: nn.Module, role: Role, groups: list[tuple[Group, int]], found: Attributes
-) -> Attributes:
+def _apply(model: nn.Module, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
     """The attributes with a role given to every module of its class, each with the units that its own block keeps."""
     result = {path: dict(values) for path, values in found.items()}
     kept = {group.layer: (group.units, count) for group, count in groups if group.kind == role.kind}
@@ -172,5 +170,3 @@ def _attributes_set(model: nn.Module, attributes: Attributes) -> Iterator[None]:
         for module, values in before:
             vars(module).clear()
             vars(module).update(values)
-
-

@@ -28,7 +28,8 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
 
     Gives the largest logit difference and what was allowed, both as shares of the logits' standard deviation; None for networks
     that take no tokens. Allowed is 1e-4, or a few times what rounding alone does to this model: one relative error of machine
-    precision after every block, measured. Half-precision models are widened to float32 meanwhile. Raises `NumericsError` above that: discovery has missed a coupling.
+    precision after every block, measured. Half-precision models are widened to float32 meanwhile.
+    Raises `NumericsError` above that: discovery has missed a coupling.
     """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not vocabulary:

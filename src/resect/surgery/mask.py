@@ -48,9 +48,7 @@ def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
     parameters = dict(model.named_parameters())
     narrowed = [
         _narrow(model.get_submodule(path), path, graph, plan)
-        for path in dict.fromkeys(
-            path for name, kept in plan.groups.items() if kept.removed for path in graph.group(name).mixed
-        )
+        for path in dict.fromkeys(path for name, kept in plan.groups.items() if kept.removed for path in graph.group(name).mixed)
     ]
     with torch.no_grad():
         for name, index in _gone(graph, plan):
@@ -78,8 +76,11 @@ def _slices(parameter: Tensor, index: Index) -> Tensor:
 
 def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
     """Makes a normalisation compute over the positions that stay, and put zeros elsewhere."""
-    positions = {name.removeprefix(f"{path}."): axes[0] for name, axes in kept_positions(graph, plan).items()
-                 if name.startswith(f"{path}.")}
+    positions = {
+        name.removeprefix(f"{path}."): axes[0]
+        for name, axes in kept_positions(graph, plan).items()
+        if name.startswith(f"{path}.")
+    }
     if not positions:
         raise ModelError(f"{path} normalises over removed units but has no weight that says where they are; keep them whole.")
     keep = next(iter(positions.values()))
@@ -92,5 +93,3 @@ def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> Removable
         return torch.zeros_like(output).index_copy(-1, index, small(inputs[0].index_select(-1, index)))
 
     return module.register_forward_hook(narrow)
-
-

@@ -12,7 +12,9 @@ from resect.graph import Graph, Group
 from resect.plan import Plan
 
 
-def changed(graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = ("heads", "channels", "residual")) -> Iterator[tuple[Group, Tensor]]:
+def changed(
+    graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = ("heads", "channels", "residual")
+) -> Iterator[tuple[Group, Tensor]]:
     """The groups that lose units, each with the numbers of those that stay: [kept] long.
 
     Raises `UsageError` when the plan was made for another network.

@@ -1,0 +1,107 @@
+"""What estimation costs: its time against a bare forward and backward pass over the same tokens, and its peak memory.
+
+    python benchmarks/cost.py --model demo
+
+Everything runs in one process, bare and estimation in turn. Memory is the process's (or the accelerator's) peak since a reset:
+`weights` after loading, `activations` what a backward pass that keeps no weight gradient adds, `estimation` what each criterion
+needs beyond those activations, as a multiple of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from record import environment, peak_memory, reset_peak_memory, write
+from torch import Tensor, nn
+
+import resect
+from resect.calibration import calibrate
+from resect.statistics import collect, token_loss
+
+KINDS = ("heads", "channels")
+
+
+def bare(model: nn.Module, tokens: Tensor, rows: int, *, gradients: bool = True) -> None:
+    """Forward and backward over all tokens, gradients of all weights accumulated; or of none but the embedding's output."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(gradients)
+        parameter.grad = None
+    handle = None
+    if not gradients:
+        embedding = model.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    for batch in tokens.split(rows):
+        token_loss(model, batch).backward()
+    if handle:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall clock of one call."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(device: str, run: Callable[[], object]) -> float:
+    """Peak memory of one call, GiB."""
+    gc.collect()
+    reset_peak_memory(device)
+    run()
+    return peak_memory(device)
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", default="demo")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--criteria", nargs="*", default=["vector", "element1", "element2", "mix"])
+    asked = parser.parse_args()
+    tokenizer = resect.load_tokenizer(asked.model)
+    model = resect.load(asked.model).to(asked.device)
+    graph = resect.trace(model)
+    tokens = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length).tokens.to(asked.device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    rows = []
+    for criterion in asked.criteria:
+        batch = 1 if criterion in ("element2", "mix") else 1024 // asked.length
+        estimate = lambda criterion=criterion: collect(model, tokens, graph, criterion, kinds=KINDS)  # noqa: E731
+        base = lambda batch=batch: bare(model, tokens, batch)  # noqa: E731
+        base(), estimate()
+        pairs = [(seconds(base), seconds(estimate)) for _ in range(asked.repeats)]
+        idle = peak(asked.device, lambda: None)
+        activations = peak(asked.device, lambda batch=batch: bare(model, tokens, batch, gradients=False)) - idle
+        needed = peak(asked.device, estimate)
+        rows.append(
+            {
+                "criterion": criterion,
+                "sequences_a_batch": batch,
+                "bare_seconds": median(a for a, _ in pairs),
+                "estimation_seconds": median(b for _, b in pairs),
+                "time_ratio": median(b / a for a, b in pairs),
+                "weights_GiB": weights,
+                "idle_GiB": idle,
+                "activations_GiB": activations,
+                "peak_GiB": needed,
+                "peak_less_activations_over_weights": (needed - activations - idle + weights) / weights,
+            }
+        )
+        print(rows[-1], flush=True)
+    write("cost", {"asked": vars(asked), **environment()}, rows)
+
+
+if __name__ == "__main__":
+    main()

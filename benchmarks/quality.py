@@ -1,0 +1,108 @@
+"""Every criterion and layout on a model: perplexity at equal size, seconds and memory, in one generated table.
+
+    python benchmarks/quality.py --wikitext wiki.test.raw --c4 heldout.txt --calibration c4.jsonl --device cuda
+
+Each criterion's statistics are collected once and serve every layout and size. What is scored is the model that was really cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from record import environment, peak_memory, reset_peak_memory, write
+from torch import nn
+
+import resect
+from resect.calibration import calibrate, evaluation_tokens
+from resect.evaluation import perplexity
+from resect.graph import Graph
+from resect.plan import Plan, select
+from resect.saliency import score
+from resect.statistics import CRITERIA, collect
+from resect.surgery import cut_and_check
+
+SHARES = (0.8, 0.5)
+KINDS = ("heads", "channels")
+
+
+def layouts(graph: Graph) -> dict[str, dict[str, Any]]:
+    """The ways of spreading a cut over layers; the paper's spares the first eighth and the last sixteenth of the blocks."""
+    count = graph.blocks.count
+    inner = (count // 8 + (count % 8 > 0), count - max(1, count // 16) - 1)
+    ranges = dict.fromkeys(KINDS, inner)
+    return {
+        "uniform": {"layout": "uniform", "selection": "global"},
+        "per-layer, global": {"layout": "per-layer", "selection": "global"},
+        f"per-layer, local, blocks {inner[0]}..{inner[1] - 1}": {"layout": "per-layer", "selection": "local", "ranges": ranges},
+        f"per-layer, local, blocks {inner[0]}..{inner[1] - 1}, channels only at 0.8": {
+            "layout": "per-layer",
+            "selection": "local",
+            "ranges": ranges,
+            "kinds": ("channels",),
+        },
+        "per-layer, global, channels only at 0.8": {"layout": "per-layer", "selection": "global", "kinds": ("channels",)},
+    }
+
+
+def plans(graph: Graph, scores: dict[str, torch.Tensor]) -> Iterator[tuple[float, str, Plan]]:
+    """A plan per share and layout; heads are always needed at 0.5."""
+    for share in SHARES:
+        for name, options in layouts(graph).items():
+            if "only at" in name and share < 0.8:
+                continue
+            yield share, name.replace(" at 0.8", ""), select(graph, scores, keep=share, **{"kinds": KINDS, **options})
+
+
+def measure(model: nn.Module, texts: dict[str, tuple[torch.Tensor, int]]) -> dict[str, float]:
+    """Perplexity by text and window."""
+    return {name: perplexity(model, tokens, window=window).value for name, (tokens, window) in texts.items()}
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
+    parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
+    parser.add_argument("--calibration", default="demo")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", default="quality")
+    asked = parser.parse_args()
+    tokenizer = resect.load_tokenizer(asked.model)
+    dense = resect.load(asked.model).to(asked.device)
+    graph = resect.trace(dense)
+    calibration = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length, seed=asked.seed)
+    wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=65536)
+    c4 = evaluation_tokens(asked.c4, tokenizer, limit=32768)
+    texts = {"WikiText-2@128": (wikitext, 128), "WikiText-2@2048": (wikitext, 2048), "C4@1024": (c4, 1024)}
+    rows = [{"kept": 1.0, "criterion": "dense", "layout": "", **measure(dense, texts), "collect_seconds": 0.0, "peak_GiB": 0.0}]
+    for criterion in asked.criteria:
+        reset_peak_memory(asked.device)
+        start = time.perf_counter()
+        statistics = collect(dense, calibration.tokens, graph, criterion, kinds=KINDS)
+        seconds, peak = time.perf_counter() - start, peak_memory(asked.device)
+        for share, layout, plan in plans(graph, score(graph, statistics, seed=asked.seed)):
+            model = copy.deepcopy(dense)
+            checked = cut_and_check(model, plan, graph)
+            kept = sum(p.numel() for n, p in model.named_parameters() if graph.blocks.layer_of(n) is not None)
+            row = {"kept": kept / graph.parameter_count(blocks_only=True), "criterion": criterion, "layout": layout}
+            assert row["kept"] <= share
+            rows.append({**row, **measure(model, texts), "collect_seconds": seconds, "peak_GiB": peak, **checked})
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            del model
+            gc.collect()
+        write(asked.output, {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
+
+
+if __name__ == "__main__":
+    main()
