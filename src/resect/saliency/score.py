@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resect.errors import UsageError, nearest
+from resect.errors import NumericsError, UsageError, nearest
 from resect.graph import Graph, Group
 from resect.statistics import Statistics, position_values
 
@@ -47,11 +47,22 @@ def score(
     covered = [g for g in graph.groups if all(m.axis in values.get(m.parameter, {}) for m in g.members)]
     if statistics.criterion.name == "random":
         return {group.name: _random(group, seed) for group in covered}
-    return {group.name: REDUCTIONS[reduction](unit_values(group, values)) for group in covered}
+    return {group.name: _reduced(unit_values(group, values), reduction, group) for group in covered}
+
+
+def _reduced(values: Float[Tensor, "members units"], reduction: str, group: Group) -> Float[Tensor, " units"]:
+    reduced = REDUCTIONS[reduction](values)
+    if reduction == "prod" and ((reduced == 0) & (values > 0).all(0)).any():
+        raise NumericsError(f"The product over the {len(values)} members of {group.name} underflows. Use reduction=sum.")
+    return reduced
 
 
 def unit_values(group: Group, values: Mapping[str, Mapping[int, Tensor]]) -> Float[Tensor, "members units"]:
-    """The value of each unit in each member: the sum over the positions it owns there."""
+    """The value of each unit in each member: the sum over the positions it owns there.
+
+    Paper: members combine first, then the positions of a head add up. Here: the other way round, because the members of a
+    grouped head own different numbers of positions. For `sum` and `last` it is the same.
+    """
     return torch.stack([values[m.parameter][m.axis][m.index].sum(1) for m in group.members])
 
 

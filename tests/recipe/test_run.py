@@ -1,0 +1,220 @@
+"""A run directory is whole or not there, and holds all that is needed to judge and repeat it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import resect.recipe.run
+from resect.checkpoint import load, save
+from resect.errors import CheckpointError, DataError, ModelError, NumericsError, UsageError
+from resect.plan import Plan
+from resect.recipe import Recipe, evaluate, evaluation_section, read_recipe, run
+from tests.models import assert_same_function, random_tokens
+from tests.recipe.dense import small_recipe, write_text
+
+
+@pytest.fixture
+def no_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own takes seconds; one test is enough for that."""
+    monkeypatch.setattr(resect.recipe.run, "verify", lambda directory, model: 0.0)
+
+
+def recipe_of(dense: Path, text: Path, output: Path, **changes: Any) -> Recipe:
+    return Recipe.from_mapping(small_recipe(dense, text, output, **changes))
+
+
+def test_a_run_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> None:
+    evaluation = {
+        "texts": str(text), "windows": [16, 32], "limit": 256, "latency": {"prompt": 8, "decode": 4, "repeats": 1},
+        "generations": ["The river", "Bread |"], "new_tokens": 4,
+    }
+    said: list[str] = []
+    result = run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation), announce=said.append)
+    report = result.report
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "plan.json", "recipe.yaml", "report.json", "report.md", "README.md", "config.json", "model.safetensors", "resect.json",
+    }
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_function(stock, result.model, random_tokens())
+    assert stock.num_parameters() == report.pruned.parameters < report.dense.parameters
+    assert Plan.from_json((tmp_path / "out" / "plan.json").read_text()) == result.plan
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(report.to_json())
+    assert (report.status, report.reload_difference) == ("complete", pytest.approx(0, abs=1e-4))
+    assert report.pruned.block_parameters <= 0.7 * report.dense.block_parameters  # type: ignore[operator]
+    for model in report.models:
+        assert [(p.text, p.window) for p in model.perplexities] == [("river.txt", 16), ("river.txt", 32)]
+        assert model.timings is not None
+        assert len(model.generations) == 2
+    assert {"load", "evaluate dense", "prune", "prune: plan", "save", "verify", "evaluate pruned", "latency"} <= report.seconds.keys()
+    assert [words for words in said if "verify" in words]
+
+
+def test_the_written_recipe_is_the_reproduction(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    first = run(recipe_of(dense, text, tmp_path / "a"))
+    again = run(read_recipe(tmp_path / "a" / "recipe.yaml", {"output": str(tmp_path / "b")}))
+    assert again.plan == first.plan
+    assert first.report.calibration is not None
+    assert again.report.calibration == first.report.calibration
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert again.report.pruned.perplexities == first.report.pruned.perplexities
+
+
+def test_per_layer_runs_say_how_they_load(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    settings = {"blocks": {"heads": [1, 2], "channels": [1, 3]}}
+    result = run(recipe_of(dense, text, tmp_path / "out", layout="per-layer", keep=0.8, settings=settings))
+    assert result.report.saved is not None
+    assert result.report.saved["layout"] == "per-layer"
+    assert "resect.load" in (tmp_path / "out" / "report.md").read_text()
+    assert_same_function(load(tmp_path / "out"), result.model, random_tokens())
+
+
+def test_a_dry_run_stops_at_the_plan(dense: Path, text: Path, tmp_path: Path) -> None:
+    result = run(recipe_of(dense, text, tmp_path / "out"), dry_run=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "recipe.yaml", "report.json", "report.md"}
+    assert result.report.status == "planned"
+    assert result.report.pruned.parameters < result.report.dense.parameters
+    assert_same_function(result.model, load(dense), random_tokens())  # nothing was cut
+
+
+def test_without_evaluation_nothing_is_measured(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    result = run(recipe_of(dense, text, tmp_path / "out", evaluation={}))
+    assert not result.report.dense.perplexities
+    assert "evaluate dense" not in result.report.seconds
+
+
+def test_no_output(dense: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="does not say where"):
+        run(recipe_of(dense, text, Path("x"), output=None))
+
+
+def test_something_else_in_the_way_is_refused_before_any_work(dense: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"thesis\.tex.*overwrite") as caught:
+        run(recipe_of(dense, text, tmp_path), announce=said.append)
+    assert not said
+    assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99", "meta:x"])
+def test_devices_that_are_not_there(device: str, dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=device):
+        run(recipe_of(dense, text, tmp_path / "out", device=device))
+
+
+def test_budgets_out_of_reach_name_the_smallest(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="smallest reachable share is 0."):
+        run(recipe_of(dense, text, tmp_path / "out", keep=0.001))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("words", "said"), [("", "holds none"), ("Too short.", "needs 6 different windows of 24")])
+def test_text_that_is_empty_or_too_short(words: str, said: str, dense: Path, text: Path, tmp_path: Path) -> None:
+    poor = tmp_path / "poor.txt"
+    poor.write_text(words)
+    with pytest.raises(DataError, match=said):
+        run(recipe_of(dense, poor, tmp_path / "out", evaluation={}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_text_is_looked_at_before_pruning(dense: Path, text: Path, tmp_path: Path) -> None:
+    short = write_text(tmp_path / "short.txt", repeats=1)
+    evaluation = {"texts": [str(short)], "windows": [64, 4096]}
+    with pytest.raises(DataError, match=r"windows of 4096 tokens.*short\.txt"):
+        run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation))
+
+
+def test_damaged_weights_are_named(dense: Path, text: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in dense.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        run(recipe_of(damaged, text, tmp_path / "out"))
+
+
+def test_a_full_disk_leaves_nothing(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("resect.recipe.run._fill", full)
+    output = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="the disk is full") as caught:
+        run(recipe_of(dense, text, output))
+    assert "partial" not in str(caught.value)
+    assert caught.value.__notes__ == [f"Nothing was written to {output}."]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["prune", "save", "verify"])
+def test_an_interruption_before_the_model_is_whole_leaves_what_was_there(
+    stage: str, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resect.recipe.run, stage, stop)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(recipe_of(dense, text, output), overwrite=True)
+    assert caught.value.__notes__ == [f"Nothing was written to {output}."]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def test_an_interruption_afterwards_leaves_a_whole_model_and_says_so(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def stop(model: Any, *args: Any, name: str, **kwargs: Any) -> Any:
+        measured.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resect.recipe.run, "measure", stop)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(recipe_of(dense, text, tmp_path / "out", evaluation={"dense": False}))
+    assert measured == ["pruned"]
+    assert "whole and verified" in caught.value.__notes__[0]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["status"] == "saved"
+    load(tmp_path / "out")
+
+
+def test_evaluate_measures_models_alike(dense: Path, text: Path, tmp_path: Path) -> None:
+    save(load(dense), tmp_path / "copy", tokenizer=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "copy" / name).write_bytes((dense / name).read_bytes())
+    asked = evaluation_section(
+        {"texts": [str(text)], "windows": [16], "latency": {"prompt": 8, "decode": 2, "repeats": 1}, "generations": ["Bells"]}
+    )
+    report = evaluate([str(dense), str(tmp_path / "copy"), str(dense)], asked=asked)
+    first, second = report.models
+    assert first.perplexities == second.perplexities
+    assert first.generations == second.generations
+    assert first.file_bytes
+    assert second.timings is not None
+
+
+def test_evaluate_refuses_what_is_no_model(tmp_path: Path) -> None:
+    asked = evaluation_section({})
+    with pytest.raises(UsageError, match="Name one or more"):
+        evaluate([], asked=asked)
+    with pytest.raises(ModelError, match="nowhere"):
+        evaluate(["./nowhere"], asked=asked)
+    with pytest.raises(UsageError, match=r"bfloat.*'bfloat16'"):
+        evaluate(["./nowhere"], asked=asked, dtype="bfloat")

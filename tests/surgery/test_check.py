@@ -1,0 +1,77 @@
+"""Cut equals mask is checked on every run, and a coupling that was missed does not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import resect
+from resect.errors import NumericsError, UsageError
+from resect.graph import Graph
+from resect.surgery import cut_and_check
+from tests.models import FAMILIES, assert_same_function, random_plan, random_tokens
+
+
+def without_member(graph: Graph, ending: str) -> Graph:
+    """The graph with one member forgotten in every group's masking, as a missing rule would leave it."""
+    groups = tuple(
+        dataclasses.replace(g, members=tuple(m for m in g.members if not m.parameter.endswith(ending))) for g in graph.groups
+    )
+    return dataclasses.replace(graph, groups=groups, _by_name={})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_difference_is_reported(dtype: torch.dtype) -> None:
+    model = FAMILIES["llama"]().to(dtype)
+    graph = resect.trace(model)
+    found = cut_and_check(model, random_plan(graph, 3, uniform=False, kinds=("heads", "channels")), graph)
+    assert found is not None
+    assert 0 <= found["difference"] <= found["allowed"] < 1e-2
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_missed_bias_is_caught() -> None:
+    """The first bias of GPT-2's MLP forgotten: its units still speak in the masked model, so the cut differs or cannot run."""
+    model = FAMILIES["gpt2"]()
+    whole = resect.trace(model)
+    plan = random_plan(whole, 1, uniform=True, kinds=("channels",))
+    broken = without_member(whole, "mlp.c_proj.weight")
+    with pytest.raises((NumericsError, RuntimeError, resect.errors.ModelError)):
+        cut_and_check(model, plan, broken)
+
+
+def test_wrong_positions_are_caught() -> None:
+    """A group whose output side is off by one unit has the right shapes and the wrong function."""
+    model = FAMILIES["llama"]()
+    graph = resect.trace(model)
+    plan = random_plan(graph, 5, uniform=False, kinds=("channels",))
+    right = resect.cut(FAMILIES["llama"](), plan, graph)
+    groups = tuple(
+        dataclasses.replace(
+            g,
+            members=tuple(
+                dataclasses.replace(m, index=m.index.roll(1, 0)) if m.parameter.endswith("down_proj.weight") else m
+                for m in g.members
+            ),
+        )
+        for g in graph.groups
+    )
+    wrong = resect.cut(model, plan, dataclasses.replace(graph, groups=groups, _by_name={}))
+    with pytest.raises(AssertionError):
+        assert_same_function(right, wrong, random_tokens(2, 9))
+
+
+def test_a_model_is_cut_once() -> None:
+    model = FAMILIES["llama"]()
+    plan = random_plan(resect.trace(model), 3, uniform=True, kinds=("channels",))
+    resect.cut(model, plan)
+    with pytest.raises(UsageError, match="cut already"):
+        resect.cut(model, plan)
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = random_plan(resect.trace(FAMILIES["llama"]()), 3, uniform=True, kinds=("heads",))
+    with pytest.raises(UsageError, match="another network|no coupled group"):
+        resect.cut(FAMILIES["llama_mha"](), plan)
