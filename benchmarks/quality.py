@@ -12,7 +12,6 @@ import copy
 import gc
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from record import environment, peak_memory, reset_peak_memory, write
@@ -31,32 +30,20 @@ SHARES = (0.8, 0.5)
 KINDS = ("heads", "channels")
 
 
-def layouts(graph: Graph) -> dict[str, dict[str, Any]]:
-    """The ways of spreading a cut over layers; the paper's spares the first eighth and the last sixteenth of the blocks."""
-    count = graph.blocks.count
-    inner = (count // 8 + (count % 8 > 0), count - max(1, count // 16) - 1)
-    ranges = dict.fromkeys(KINDS, inner)
-    return {
-        "uniform": {"layout": "uniform", "selection": "global"},
-        "per-layer, global": {"layout": "per-layer", "selection": "global"},
-        f"per-layer, local, blocks {inner[0]}..{inner[1] - 1}": {"layout": "per-layer", "selection": "local", "ranges": ranges},
-        f"per-layer, local, blocks {inner[0]}..{inner[1] - 1}, channels only at 0.8": {
-            "layout": "per-layer",
-            "selection": "local",
-            "ranges": ranges,
-            "kinds": ("channels",),
-        },
-        "per-layer, global, channels only at 0.8": {"layout": "per-layer", "selection": "global", "kinds": ("channels",)},
-    }
-
-
 def plans(graph: Graph, scores: dict[str, torch.Tensor]) -> Iterator[tuple[float, str, Plan]]:
-    """A plan per share and layout; heads are always needed at 0.5."""
+    """A plan per share and layout. The paper spares the first and last blocks; heads, of which there are few here, go at 0.5."""
+    count = graph.blocks.count
+    inner = (-(-count // 8), count - max(1, count // 16) - 1)
     for share in SHARES:
-        for name, options in layouts(graph).items():
-            if "only at" in name and share < 0.8:
-                continue
-            yield share, name.replace(" at 0.8", ""), select(graph, scores, keep=share, **{"kinds": KINDS, **options})
+        kinds = KINDS if share < 0.8 else ("channels",)
+        paper = {"selection": "local", "ranges": dict.fromkeys(KINDS, inner), "kinds": kinds}
+        yield share, "uniform", select(graph, scores, keep=share, layout="uniform")
+        yield share, "per-layer, global", select(graph, scores, keep=share)
+        yield (
+            share,
+            f"per-layer, local, {'+'.join(kinds)} of blocks {inner[0]}..{inner[1] - 1}",
+            select(graph, scores, keep=share, **paper),
+        )
 
 
 def measure(model: nn.Module, texts: dict[str, tuple[torch.Tensor, int]]) -> dict[str, float]:
@@ -73,6 +60,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="demo")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=65536, help="tokens of each evaluation text")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
     parser.add_argument("--device", default="cpu")
@@ -82,8 +70,8 @@ def main() -> None:
     dense = resect.load(asked.model).to(asked.device)
     graph = resect.trace(dense)
     calibration = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length, seed=asked.seed)
-    wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=65536)
-    c4 = evaluation_tokens(asked.c4, tokenizer, limit=32768)
+    wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=asked.limit)
+    c4 = evaluation_tokens(asked.c4, tokenizer, limit=min(32768, asked.limit))
     texts = {"WikiText-2@128": (wikitext, 128), "WikiText-2@2048": (wikitext, 2048), "C4@1024": (c4, 1024)}
     rows = [{"kept": 1.0, "criterion": "dense", "layout": "", **measure(dense, texts), "collect_seconds": 0.0, "peak_GiB": 0.0}]
     for criterion in asked.criteria:

@@ -55,7 +55,7 @@ def test_rotating_halves_pairs_the_two_halves_of_a_head() -> None:
     width = fresh(8)
     left, right = narrow(width, 0, 4), narrow(width, 4, 8)
     join(width, concatenate([right, left]))
-    (pair,) = {leaf for leaf in coordinates(width)}
+    (pair,) = set(coordinates(width))
     assert coordinates(width)[pair].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 

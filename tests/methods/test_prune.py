@@ -95,7 +95,7 @@ def test_paper_shares() -> None:
     """A quarter of the inner blocks: one of six MHA heads (1.5 rounded down) and 14 of 56 channels each."""
     settings = {"share": 0.25, "blocks": {"heads": (1, 2), "channels": (1, 3)}, "selection": "local"}
     result = prune(FAMILIES["llama_mha"](), layout="per-layer", settings=settings)
-    assert {name: n for name, n in result.plan.removed().items()} == {
+    assert result.plan.removed() == {
         "model.layers.1.self_attn.heads": 1,
         "model.layers.1.mlp.channels": 14,
         "model.layers.2.mlp.channels": 14,

@@ -36,7 +36,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
         ({"model": "demo", "evaluation": {"latency": {"decode": 0}}}, ["evaluation.latency.decode = 0"]),
         ({"model": "demo", "settings": {"criterium": "l2"}}, ["no key 'settings.criterium'", "'criterion'"]),
         ({"model": "demo", "settings": {"criterion": "element3"}}, ["settings.criterion = 'element3'", "'element2'"]),
-        ({"model": "demo", "settings": {"blocks": {"head": [0, 2]}}}, ["no key 'settings.blocks.head'", "'heads'"]),
+        ({"model": "demo", "settings": {"blocks": {"heads": [0]}}}, ["settings.blocks.heads"]),
         ({"model": "demo", "settings": {"share": 1}}, ["settings.share = 1", "less than 1"]),
     ],
 )

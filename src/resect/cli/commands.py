@@ -67,8 +67,11 @@ def prune(
     of: Annotated[str | None, typer.Option(help="What it is a share of: blocks, model, macs. [dim]blocks[/]")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOURCE", help="Calibration text, repeatable: a file, wikitext2, c4, ptb, bookcorpus, "
-                     "NAME:CONFIG:SPLIT:COLUMN, demo, self. [dim]self: the model writes it[/]"),
+        typer.Option(
+            metavar="SOURCE",
+            help="Calibration text, repeatable: a file, wikitext2, c4, ptb, bookcorpus, "
+            "NAME:CONFIG:SPLIT:COLUMN, demo, self. [dim]self: the model writes it[/]",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples. [dim]128[/]")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each. [dim]128[/]")] = None,
@@ -88,9 +91,20 @@ def prune(
 ) -> None:
     """Prune MODEL into DIR: weights, plan.json, recipe.yaml and a report."""
     flags = {
-        "model": model, "output": output, "method": method, "keep": keep, "of": of, "layout": layout, "align": align,
-        "calibration.source": data or None, "calibration.samples": samples, "calibration.length": length, "seed": seed,
-        "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code or None,
+        "model": model,
+        "output": output,
+        "method": method,
+        "keep": keep,
+        "of": of,
+        "layout": layout,
+        "align": align,
+        "calibration.source": data or None,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code or None,
     }
     _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, json=json)
 
@@ -139,8 +153,12 @@ def evaluate(
 
         flags = {"texts": text, "windows": windows, "limit": limit, "latency": latency or None, "generations": prompt}
         found = evaluate(
-            models, asked=evaluation_section(given(flags), assignments=set_ or ()), dtype=dtype or "float32",
-            device=device or "cpu", trust_remote_code=trust_remote_code, announce=answer.announce,
+            models,
+            asked=evaluation_section(given(flags), assignments=set_ or ()),
+            dtype=dtype or "float32",
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+            announce=answer.announce,
         )
         answer.give(found.to_json(), comparison_table(found))
 

@@ -2,10 +2,17 @@
 
 from resect.recipe.measure import evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
-from resect.recipe.run import RunResult, run
+from resect.recipe.runs import RunResult, run
 from resect.recipe.schema import CalibrationSection, EvaluationSection, Recipe, Timing
 
 __all__ = [
-    "CalibrationSection", "EvaluationSection", "Recipe", "RunResult", "Timing", "evaluate", "evaluation_section",
-    "read_recipe", "run",
+    "CalibrationSection",
+    "EvaluationSection",
+    "Recipe",
+    "RunResult",
+    "Timing",
+    "evaluate",
+    "evaluation_section",
+    "read_recipe",
+    "run",
 ]

@@ -79,7 +79,11 @@ def evaluate(
         for row in measured:
             row.timings = timings[row.name]
     return EvaluationReport(
-        models=measured, limit=asked.limit, prompts=list(asked.generations), seconds=stages.seconds, versions=versions(),
+        models=measured,
+        limit=asked.limit,
+        prompts=list(asked.generations),
+        seconds=stages.seconds,
+        versions=versions(),
         machine=machine(),
     )
 
@@ -108,9 +112,7 @@ def measure(
             value = perplexity(model, tokens, window=window, name=f"{name}: {short(text)} @{window}")
             found.perplexities.append(TextPerplexity.of(value, text=short(text), digest=digest(tokens)))
     if asked.generations:
-        found.generations = generations(
-            model, tokenizer, asked.generations, new_tokens=asked.new_tokens, chat=asked.chat
-        )
+        found.generations = generations(model, tokenizer, asked.generations, new_tokens=asked.new_tokens, chat=asked.chat)
     return found
 
 
@@ -147,6 +149,8 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        said = str(problem).strip().splitlines()[0]
-        raise UsageError(f"Asked for the device {name!r}; it cannot be used: {said} Use cpu, or cuda, cuda:1, mps where there is one.") from problem
+        said = str(problem).strip().splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"Asked for the device {name!r}; it cannot be used: {said}. Name cpu, or cuda, cuda:1, mps where there is one."
+        ) from problem
     return device

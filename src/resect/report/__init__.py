@@ -7,6 +7,19 @@ from resect.report.results import EvaluationReport, Measured, RunReport, TextPer
 from resect.report.tables import comparison_table, inspection_tables, run_tables
 
 __all__ = [
-    "EvaluationReport", "Inspection", "Measured", "RunReport", "TextPerplexity", "Timings", "comparison_table",
-    "inspection", "inspection_tables", "machine", "peak_memory", "run_markdown", "run_report", "run_tables", "versions",
+    "EvaluationReport",
+    "Inspection",
+    "Measured",
+    "RunReport",
+    "TextPerplexity",
+    "Timings",
+    "comparison_table",
+    "inspection",
+    "inspection_tables",
+    "machine",
+    "peak_memory",
+    "run_markdown",
+    "run_report",
+    "run_tables",
+    "versions",
 ]

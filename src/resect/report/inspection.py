@@ -115,7 +115,9 @@ def _share(graph: Graph, kinds: Sequence[str]) -> KindShare:
     blocks = graph.parameter_count(blocks_only=True)
     gone_inside = blocks - graph.parameter_count(removed, blocks_only=True)
     return KindShare(
-        kind=" + ".join(kinds), parameters=gone, of_blocks=gone_inside / max(blocks, 1),
+        kind=" + ".join(kinds),
+        parameters=gone,
+        of_blocks=gone_inside / max(blocks, 1),
         of_model=gone / max(graph.parameter_count(), 1),
     )
 

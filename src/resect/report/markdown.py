@@ -53,7 +53,7 @@ def _perplexity_note(report: RunReport) -> str:
     if not found:
         return "Nothing was evaluated."
     digests = ", ".join(dict.fromkeys(f"{p.text} `{p.digest[:12]}`" for p in found))
-    return f"Perplexity: windows do not overlap, no token is added, the first of a window is not predicted; text tokens {digests}."
+    return f"Perplexity: windows do not overlap, no token is added, the first of each is not predicted. Text tokens: {digests}."
 
 
 def _loading(report: RunReport) -> list[str]:
@@ -63,10 +63,11 @@ def _loading(report: RunReport) -> list[str]:
     kind = f"Saved as `{saved['model_type']}`, {saved['layout']}"
     kind += f", relabelled from `{saved['relabelled_from']}`" if saved["relabelled_from"] else ""
     lines = [f"{kind}. Loads with {LOADS[saved['layout']]}."]
-    if report.cut_equals_mask is not None:
-        lines.append(f"Cut against mask: logits differ by at most {report.cut_equals_mask:.1e} of their scale.")
+    check = report.cut_equals_mask
+    if check is not None:
+        lines.append(f"Cut against mask: logits differ by {check['difference']:.1e}, {check['allowed']:.1e} is allowed.")
     if report.reload_difference is not None:
-        lines.append(f"Reloaded in a fresh process: by at most {report.reload_difference:.1e}.")
+        lines.append(f"Reloaded in a fresh process: by {report.reload_difference:.1e} of their spread.")
     return [" ".join(lines)]
 
 

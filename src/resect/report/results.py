@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from resect.evaluation import Latency, Perplexity, Spread
 from resect.report.machine import machine, versions
 
-SCHEMA = 1
+SCHEMA: Final = 1
 """Raised when a field changes its meaning or goes; new fields may appear without."""
 
 
@@ -42,8 +42,14 @@ class TextPerplexity(Record):
     def of(cls, found: Perplexity, *, text: str, digest: str) -> TextPerplexity:
         """The figures of an evaluation."""
         return cls(
-            text=text, window=found.window, value=found.value, nats=found.nats, tokens=found.tokens,
-            windows=found.windows, dropped=found.dropped, digest=digest,
+            text=text,
+            window=found.window,
+            value=found.value,
+            nats=found.nats,
+            tokens=found.tokens,
+            windows=found.windows,
+            dropped=found.dropped,
+            digest=digest,
         )
 
 
@@ -76,9 +82,13 @@ class Timings(Record):
     def of(cls, found: Latency) -> Timings:
         """The figures of an evaluation."""
         return cls(
-            prompt=found.prompt, decode=found.decode, prefill_seconds=Measurements.of(found.prefill_seconds),
-            decode_tokens_per_second=Measurements.of(found.decode_tokens_per_second), device=found.device,
-            dtype=found.dtype, threads=found.threads,
+            prompt=found.prompt,
+            decode=found.decode,
+            prefill_seconds=Measurements.of(found.prefill_seconds),
+            decode_tokens_per_second=Measurements.of(found.decode_tokens_per_second),
+            device=found.device,
+            dtype=found.dtype,
+            threads=found.threads,
         )
 
 
@@ -126,8 +136,8 @@ class RunReport(Record):
     """Why axes are kept whole."""
     calibration: dict[str, Any] | None = None
     """Where the text came from; None where the criterion needs none."""
-    cut_equals_mask: float | None = None
-    """Largest logit difference between the cut model and the masked one, as a share of the logit scale."""
+    cut_equals_mask: dict[str, float] | None = None
+    """`difference`, the largest of the logits of the cut model and the masked one, and what is `allowed`."""
     saved: dict[str, Any] | None = None
     """How the directory loads."""
     reload_difference: float | None = None
@@ -172,9 +182,16 @@ def run_report(
         known = found.model_dump() if found else {}
         models.append(Measured(**{**known, "name": name, **sizes, "macs_tokens": pruning["macs"].get("tokens")}))
     return RunReport(
-        status="planned", recipe=dict(recipe), models=models, groups=_groups(pruning["groups"]),
-        withheld=pruning["withheld"], frozen=pruning["frozen"], calibration=pruning["calibration"],
-        cut_equals_mask=pruning.get("cut_equals_mask"), versions=versions(), machine=machine(),
+        status="planned",
+        recipe=dict(recipe),
+        models=models,
+        groups=_groups(pruning["groups"]),
+        withheld=pruning["withheld"],
+        frozen=pruning["frozen"],
+        calibration=pruning["calibration"],
+        cut_equals_mask=pruning.get("cut_equals_mask"),
+        versions=versions(),
+        machine=machine(),
     )
 
 

@@ -42,9 +42,9 @@ def calibration_text(calibration: dict[str, Any]) -> str:
 def kept_shares(report: RunReport) -> str:
     """What stays of blocks, model and work."""
     dense, pruned = report.dense, report.pruned
-    parts = []
-    for name in ("block_parameters", "parameters", "macs"):
-        before, after = getattr(dense, name), getattr(pruned, name)
-        if before and after is not None:
-            parts.append(f"{100 * after / before:.2f} % of {OF[{'block_parameters': 'blocks', 'parameters': 'model'}.get(name, name)]}")
-    return ", ".join(parts)
+    pairs = [
+        ("blocks", dense.block_parameters, pruned.block_parameters),
+        ("model", dense.parameters, pruned.parameters),
+        ("macs", dense.macs, pruned.macs),
+    ]
+    return ", ".join(f"{100 * after / before:.2f} % of {OF[of]}" for of, before, after in pairs if before and after is not None)

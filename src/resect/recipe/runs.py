@@ -35,9 +35,7 @@ class RunResult:
     """Pruned; still dense after a dry run."""
 
 
-def run(
-    recipe: Recipe, *, overwrite: bool = False, dry_run: bool = False, announce: Announce | None = None
-) -> RunResult:
+def run(recipe: Recipe, *, overwrite: bool = False, dry_run: bool = False, announce: Announce | None = None) -> RunResult:
     """Loads, evaluates, prunes, saves, verifies in a fresh process, evaluates again, and reports.
 
     The run directory holds the model's files, plan.json, recipe.yaml, report.json and report.md. It appears whole, once the
@@ -96,9 +94,19 @@ def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
 def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool) -> Result:
     calibration = recipe.calibration
     return prune(
-        model, tokenizer, method=recipe.method, keep=recipe.keep, of=recipe.of, layout=recipe.layout, align=recipe.align,
-        data=calibration.source, samples=calibration.samples, length=calibration.length, seed=recipe.seed,
-        settings=recipe.settings, plan_only=plan_only,
+        model,
+        tokenizer,
+        method=recipe.method,
+        keep=recipe.keep,
+        of=recipe.of,
+        layout=recipe.layout,
+        align=recipe.align,
+        data=calibration.source,
+        samples=calibration.samples,
+        length=calibration.length,
+        seed=recipe.seed,
+        settings=recipe.settings,
+        plan_only=plan_only,
     )
 
 
@@ -176,7 +184,9 @@ def _replace(directory: Path, files: Mapping[str, str]) -> None:
                 os.fsync(file.fileno())
             os.replace(partial, directory / name)
         except OSError as problem:
-            raise CheckpointError(f"Asked to complete {directory / name}; {problem}. Free some space and evaluate it again.") from problem
+            raise CheckpointError(
+                f"Asked to complete {directory / name}; {problem}. Free some space and evaluate the model again."
+            ) from problem
         finally:
             partial.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import resect.recipe.run
+import resect.recipe.runs
 from resect.checkpoint import load, save
 from resect.errors import CheckpointError, DataError, ModelError, NumericsError, UsageError
 from resect.plan import Plan
@@ -24,7 +24,7 @@ from tests.recipe.dense import small_recipe, write_text
 @pytest.fixture
 def no_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own takes seconds; one test is enough for that."""
-    monkeypatch.setattr(resect.recipe.run, "verify", lambda directory, model: 0.0)
+    monkeypatch.setattr(resect.recipe.runs, "verify", lambda directory, model: 0.0)
 
 
 def recipe_of(dense: Path, text: Path, output: Path, **changes: Any) -> Recipe:
@@ -33,27 +33,48 @@ def recipe_of(dense: Path, text: Path, output: Path, **changes: Any) -> Recipe:
 
 def test_a_run_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> None:
     evaluation = {
-        "texts": str(text), "windows": [16, 32], "limit": 256, "latency": {"prompt": 8, "decode": 4, "repeats": 1},
-        "generations": ["The river", "Bread |"], "new_tokens": 4,
+        "texts": str(text),
+        "windows": [16, 32],
+        "limit": 256,
+        "latency": {"prompt": 8, "decode": 4, "repeats": 1},
+        "generations": ["The river", "Bread |"],
+        "new_tokens": 4,
     }
     said: list[str] = []
     result = run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation), announce=said.append)
     report = result.report
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
-        "plan.json", "recipe.yaml", "report.json", "report.md", "README.md", "config.json", "model.safetensors", "resect.json",
+        "plan.json",
+        "recipe.yaml",
+        "report.json",
+        "report.md",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "resect.json",
     }
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_function(stock, result.model, random_tokens())
     assert stock.num_parameters() == report.pruned.parameters < report.dense.parameters
     assert Plan.from_json((tmp_path / "out" / "plan.json").read_text()) == result.plan
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(report.to_json())
-    assert (report.status, report.reload_difference) == ("complete", pytest.approx(0, abs=1e-4))
+    assert report.status == "complete"
+    assert report.reload_difference == pytest.approx(0, abs=1e-4)
     assert report.pruned.block_parameters <= 0.7 * report.dense.block_parameters  # type: ignore[operator]
     for model in report.models:
         assert [(p.text, p.window) for p in model.perplexities] == [("river.txt", 16), ("river.txt", 32)]
         assert model.timings is not None
         assert len(model.generations) == 2
-    assert {"load", "evaluate dense", "prune", "prune: plan", "save", "verify", "evaluate pruned", "latency"} <= report.seconds.keys()
+    assert report.seconds.keys() >= {
+        "load",
+        "evaluate dense",
+        "prune",
+        "prune: plan",
+        "save",
+        "verify",
+        "evaluate pruned",
+        "latency",
+    }
     assert [words for words in said if "verify" in words]
 
 
@@ -90,9 +111,9 @@ def test_without_evaluation_nothing_is_measured(dense: Path, text: Path, tmp_pat
     assert "evaluate dense" not in result.report.seconds
 
 
-def test_no_output(dense: Path, text: Path) -> None:
+def test_no_output(dense: Path) -> None:
     with pytest.raises(UsageError, match="does not say where"):
-        run(recipe_of(dense, text, Path("x"), output=None))
+        run(Recipe.from_mapping({"model": str(dense)}))
 
 
 def test_something_else_in_the_way_is_refused_before_any_work(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -150,7 +171,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("resect.recipe.run._fill", full)
+    monkeypatch.setattr("resect.recipe.runs._fill", full)
     output = tmp_path / "out"
     with pytest.raises(CheckpointError, match="the disk is full") as caught:
         run(recipe_of(dense, text, output))
@@ -166,7 +187,7 @@ def test_an_interruption_before_the_model_is_whole_leaves_what_was_there(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resect.recipe.run, stage, stop)
+    monkeypatch.setattr(resect.recipe.runs, stage, stop)
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("old")
@@ -186,7 +207,7 @@ def test_an_interruption_afterwards_leaves_a_whole_model_and_says_so(
         measured.append(name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resect.recipe.run, "measure", stop)
+    monkeypatch.setattr(resect.recipe.runs, "measure", stop)
     with pytest.raises(KeyboardInterrupt) as caught:
         run(recipe_of(dense, text, tmp_path / "out", evaluation={"dense": False}))
     assert measured == ["pruned"]
