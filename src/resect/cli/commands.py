@@ -147,7 +147,7 @@ def evaluate(
     """Measure models side by side: perplexity, parameters, file size, latency."""
     with answering(as_json=json) as answer:
         windows = numbers(window, flag="--window")
-        answer.announce("start")
+        answer.announce("wake up")
         from resect.recipe import evaluate, evaluation_section
         from resect.report import comparison_table
 
@@ -167,7 +167,7 @@ def _run(
     recipe: str | None, flags: dict[str, Any], assignments: list[str] | None, *, overwrite: bool, dry_run: bool, json: bool
 ) -> None:
     with answering(as_json=json) as answer:
-        answer.announce("start")
+        answer.announce("read the recipe")
         from resect.recipe import read_recipe, run
         from resect.report import run_tables
 

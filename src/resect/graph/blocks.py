@@ -15,11 +15,12 @@ class Blocks:
     count: int
 
     def layer_of(self, parameter: str) -> int | None:
-        """The number of the block a parameter belongs to, if any."""
+        """The number of the block a parameter, or a module's path with a dot at its end, belongs to; None outside."""
         prefix = self.path + "."
         if not self.count or not parameter.startswith(prefix):
             return None
-        return int(parameter[len(prefix) :].split(".", 1)[0])
+        number = parameter[len(prefix) :].partition(".")[0]
+        return int(number) if number.isdigit() else None
 
 
 def find_blocks(model: nn.Module) -> Blocks:

@@ -91,7 +91,7 @@ class Watcher(TorchDispatchMode):
     """Sees every operator and follows which module is running, through hooks on no module in particular."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where = ""
         self._names = names
         self._path: list[str] = []
@@ -242,7 +242,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fake_mode() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:

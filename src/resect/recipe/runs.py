@@ -56,7 +56,7 @@ def _run(recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, sta
     if asked.dense and not dry_run and (texts or asked.generations):
         with stages("evaluate dense", "evaluate the dense model"):
             dense = measure(model, tokenizer, asked, texts=texts, name="dense")
-    with stages("prune", f"prune with {recipe.method}"):
+    with stages("prune", _pruning(recipe)):
         result = _prune(recipe, model, tokenizer, plan_only=dry_run)
     stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
     report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense)
@@ -89,6 +89,12 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[PreTrainedModel, Any]:
 
 def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
     return load(recipe.model, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=recipe.trust_remote_code)
+
+
+def _pruning(recipe: Recipe) -> str:
+    """What is about to happen, in words."""
+    text = ", ".join(recipe.calibration.source or ("text that the model writes itself",))
+    return f"{recipe.method} on {recipe.calibration.samples} x {recipe.calibration.length} tokens of {text}"
 
 
 def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool) -> Result:

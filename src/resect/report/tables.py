@@ -23,15 +23,20 @@ LAYERS_SHOWN = 48
 def run_tables(report: RunReport) -> Group:
     """Before and after, what each layer keeps, and what the models write."""
     planned = report.status == "planned"
-    table = _table("" if planned else asked(report))
+    table = _table()
     for column in ("", "dense", "planned" if planned else "pruned", "change"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for figure in figures(report.models):
         table.add_row(figure.name, *figure.texts(), figure.change())
-    parts: list[RenderableType] = [table, layer_table(report)]
+    parts: list[RenderableType] = [
+        Text(asked(report), style="bold"),
+        table,
+        Text("What stays", style="bold"),
+        layer_table(report),
+    ]
     parts += [Text(f"{kind} stay whole: {why}", style="yellow") for kind, why in report.withheld.items()]
     if report.prompts and report.pruned.generations:
-        parts.append(_generations(report))
+        parts += [Text("Greedy continuations", style="bold"), _generations(report)]
     parts.append(Text(provenance(report), style="dim"))
     return Group(*parts)
 
@@ -39,7 +44,7 @@ def run_tables(report: RunReport) -> Group:
 def layer_table(report: RunReport) -> Table:
     """A line per run of layers that keep the same, with a bar per kind."""
     rows = layer_rows(report.groups)
-    table = _table("What stays")
+    table = _table()
     table.add_column("layers")
     for kind in kinds_of(rows):
         table.add_column(kind)
@@ -52,7 +57,7 @@ def layer_table(report: RunReport) -> Table:
 
 def comparison_table(report: EvaluationReport) -> Group:
     """A row per model."""
-    table = _table("")
+    table = _table()
     table.add_column("model", overflow="fold")
     rows = figures(report.models)
     for figure in rows:
@@ -61,12 +66,12 @@ def comparison_table(report: EvaluationReport) -> Group:
         table.add_row(model.name, *(figure.texts()[place] for figure in rows))
     parts: list[RenderableType] = [table]
     for prompt_number, prompt in enumerate(report.prompts):
-        written = _table(f"Prompt: {prompt}")
+        written = _table()
         written.add_column("model")
         written.add_column("greedy continuation", overflow="fold")
         for model in report.models:
             written.add_row(model.name, Text(model.generations[prompt_number].strip()))
-        parts.append(written)
+        parts += [Text(f"Prompt: {prompt}", style="bold"), written]
     return Group(*parts)
 
 
@@ -76,18 +81,20 @@ def inspection_tables(found: Inspection) -> Group:
         f"{found.model}: {found.architecture}, {found.parameters:,} parameters, {found.block_parameters:,} of them in "
         f"{found.blocks} blocks; {metric(found.macs)}MACs on 1 x 64 tokens"
     )
-    parts: list[RenderableType] = [head, _unit_table(found), _share_table(found)]
+    parts: list[RenderableType] = [head, Text()]
+    parts += [Text("Units", style="bold"), _unit_table(found)]
+    parts += [Text("What all of them hold", style="bold"), _share_table(found)]
     parts += [
         Text(f"Norms that run over {kind}: {', '.join(norms)}. They normalise what stays.", style="dim")
         for kind, norms in found.mixed.items()
     ]
     if found.frozen:
-        parts.append(_frozen_table(found))
+        parts += [Text("Kept whole", style="bold"), _frozen_table(found)]
     return Group(*parts)
 
 
 def _unit_table(found: Inspection) -> Table:
-    table = _table("Units")
+    table = _table()
     for column in ("kind", "layers", "groups", "units in each", "parameters per unit"):
         table.add_column(column, justify="left" if column in ("kind", "layers") else "right", overflow="fold")
     for row in found.units:
@@ -97,7 +104,7 @@ def _unit_table(found: Inspection) -> Table:
 
 
 def _share_table(found: Inspection) -> Table:
-    table = _table("What all of them hold")
+    table = _table()
     for column in ("kind", "parameters", "of the blocks", "of the model"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for row in found.shares:
@@ -106,7 +113,7 @@ def _share_table(found: Inspection) -> Table:
 
 
 def _frozen_table(found: Inspection) -> Table:
-    table = _table("Kept whole")
+    table = _table()
     for column in ("parameter", "axis", "positions", "layers", "because"):
         table.add_column(column, justify="right" if column in ("axis", "positions") else "left", overflow="fold")
     for row in found.frozen[:FROZEN_SHOWN]:
@@ -118,7 +125,7 @@ def _frozen_table(found: Inspection) -> Table:
 
 
 def _generations(report: RunReport) -> Table:
-    table = _table("Greedy continuations")
+    table = _table()
     table.add_column("prompt", ratio=1, overflow="fold")
     table.add_column("dense", ratio=2, overflow="fold")
     table.add_column("pruned", ratio=2, overflow="fold")
@@ -135,5 +142,5 @@ def _cell(row: LayerRow, kind: str) -> str:
     return f"{bar(kept, units)} {kept:,} of {units:,}"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, title_style="bold")
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from resect.errors import ModelError
-from resect.graph import Graph, Group, replay
+from resect.graph import Blocks, Graph, Group, replay
 from resect.plan import Plan
 from resect.surgery.modeling_resect import followers
 from resect.surgery.positions import changed
@@ -32,11 +32,11 @@ AT_ONCE = 3
 
 @dataclass(frozen=True)
 class Role:
-    """An attribute that counts units: `units * multiple` of a group's kind, in every module of a class."""
+    """An attribute that counts units, `units * multiple`, of the group of one name in each block, in every module of a class."""
 
-    module_type: type
+    module_type: type[nn.Module]
     attribute: str
-    kind: str
+    group: str
     multiple: int
 
 
@@ -78,12 +78,12 @@ def _search(
     path = where.split(".") if where else []
     for depth in range(len(path), -1, -1):
         around = ".".join(path[:depth])
-        roles = list(dict.fromkeys(_candidates(model, around, groups)))
+        roles = list(dict.fromkeys(_candidates(model, graph.blocks, around, groups)))
         for count in range(1, min(len(roles), AT_ONCE) + 1):
             for chosen in combinations(roles, count):
                 trial = found
                 for role in chosen:
-                    trial = _apply(model, role, groups, trial)
+                    trial = _apply(model, graph.blocks, role, groups, trial)
                 stopped, at, _ = _run(model, graph, removed, shapes, trial)
                 if stopped == inf or not f"{at}.".startswith(f"{where}."):
                     return trial
@@ -112,16 +112,16 @@ def _run(
         return replay(model, graph, removed, shapes)
 
 
-def _candidates(model: nn.Module, where: str, groups: list[tuple[Group, int]]) -> Iterator[Role]:
+def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple[Group, int]]) -> Iterator[Role]:
     """Attributes of a module, and of its configuration, that count the units of a group that shrinks around it."""
-    layers = {group.layer for group, _ in groups if group.layer is None or f".{group.layer}." in f".{where}."}
-    near = [group for group, _ in groups if group.layer in layers] or [group for group, _ in groups]
+    layer = blocks.layer_of(f"{where}.")
+    near = [group for group, _ in groups if group.layer in (None, layer)] or [group for group, _ in groups]
     module = model.get_submodule(where)
     for name, value in _integers(module):
         for group in near:
             multiple, rest = divmod(value, group.units)
             if not rest and any(member.index.shape[1] % multiple == 0 for member in group.members):
-                yield Role(type(module), name, group.kind, multiple)
+                yield Role(type(module), name, _within_block(group, blocks), multiple)
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -135,20 +135,22 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"config.{name}", value
 
 
-def _apply(model: nn.Module, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
+def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
     """The attributes with a role given to every module of its class, each with the units that its own block keeps."""
     result = {path: dict(values) for path, values in found.items()}
-    kept = {group.layer: (group.units, count) for group, count in groups if group.kind == role.kind}
+    kept = {group.layer: (group.units, count) for group, count in groups if _within_block(group, blocks) == role.group}
     for path, module in model.named_modules():
-        if type(module) is not role.module_type:
+        counts = kept.get(blocks.layer_of(f"{path}."), kept.get(None))
+        if module.__class__ is not role.module_type or counts is None:
             continue
-        layer = next((n for n in kept if n is not None and f".{n}." in f".{path}."), None)
-        if layer not in kept:
-            continue
-        units, count = kept[layer]
+        units, count = counts
         if dict(_integers(module)).get(role.attribute) == units * role.multiple:
             result.setdefault(path, {})[role.attribute] = count * role.multiple
     return result
+
+
+def _within_block(group: Group, blocks: Blocks) -> str:
+    return group.name.removeprefix(f"{blocks.path}.{group.layer}.")
 
 
 @contextmanager

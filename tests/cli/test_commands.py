@@ -1,0 +1,290 @@
+"""The command line: results on stdout, everything else on stderr, errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import resect.cli
+import resect.recipe.runs
+from resect.cli import app
+from resect.plan import Plan
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def resect_(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command in this process; the check in a process of its own is left to one test."""
+    monkeypatch.setattr(resect.recipe.runs, "verify", lambda directory, model: 0.0)
+
+    def call(*words: object) -> Any:
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    return call
+
+
+@pytest.fixture
+def flags(text: Path) -> list[object]:
+    """Calibration on the small text."""
+    return ["--data", text, "--samples", 6, "--length", 24]
+
+
+def damaged(dense: Path, folder: Path, *, leave: str = "") -> Path:
+    """A copy of the model, without one file."""
+    folder.mkdir()
+    for file in dense.iterdir():
+        if file.name != leave:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_inspect(resect_: Command, dense: Path) -> None:
+    result = resect_("inspect", dense)
+    assert result.exit_code == 0, result.stderr
+    assert "heads      0-2" in result.stdout
+    assert "rotary" in result.stdout
+    assert "heads + channels" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_inspect_reads_no_weights(resect_: Command, dense: Path, tmp_path: Path) -> None:
+    hollow = damaged(dense, tmp_path / "hollow")
+    (hollow / "model.safetensors").write_bytes(b"not a tensor in here")
+    found = json.loads(resect_("inspect", hollow, "--json").stdout)
+    assert (found["kind"], found["schema_version"], found["blocks"]) == ("inspection", 1, 3)
+    assert {row["kind"] for row in found["units"]} == {"heads", "channels", "residual", "blocks"}
+
+
+def test_prune_writes_a_run(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--keep", 0.7, *flags)
+    assert result.exit_code == 0, result.stderr
+    assert "70 % of block parameters kept" in " ".join(result.stdout.split())
+    assert "channels" in result.stdout
+    assert "save to" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_json_is_one_object_and_nothing_else(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    result = resect_("prune", dense, "-o", tmp_path / "out", *flags, "--json", "--set", "settings.criterion=l2")
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"]["settings"]["criterion"] == "l2"
+    assert report["calibration"] is None  # weights alone
+
+
+def test_dry_run_stops_at_the_plan(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    result = resect_("prune", dense, "-o", tmp_path / "out", *flags, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "planned" in result.stdout
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert Plan.from_json((tmp_path / "out" / "plan.json").read_text()).removed()
+
+
+def test_flags_lie_over_the_recipe(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: {dense}\nkeep: 0.5\nseed: 3\nsettings: {{criterion: random}}\n")
+    result = resect_("prune", "--recipe", file, "-o", tmp_path / "out", "--keep", 0.9, "--dry-run", "--json")
+    recipe = json.loads(result.stdout)["recipe"]
+    assert (recipe["keep"], recipe["seed"], recipe["settings"]["criterion"]) == (0.9, 3, "random")
+
+
+def test_run_repeats_what_prune_wrote(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    assert resect_("prune", dense, "-o", tmp_path / "a", *flags).exit_code == 0
+    again = resect_("run", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b")
+    assert again.exit_code == 0, again.stderr
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_evaluate_puts_models_side_by_side(resect_: Command, dense: Path, text: Path) -> None:
+    words = ["evaluate", dense, "--text", text, "--window", "16,32", "--limit", 256, "--prompt", "Bells"]
+    shown = resect_(*words)
+    assert shown.exit_code == 0, shown.stderr
+    assert "river.txt" in shown.stdout
+    assert "Bells" in shown.stdout
+    found = json.loads(resect_(*words, "--json", "--latency", "--set", "latency={prompt: 8, decode: 2, repeats: 1}").stdout)
+    (model,) = found["models"]
+    assert [p["window"] for p in model["perplexities"]] == [16, 32]
+    assert model["timings"]["prompt"] == 8
+    assert model["file_bytes"] > 0
+
+
+# Bad input: a clear error, nothing lost.
+
+
+def assert_refused(result: Result, code: int, *said: str) -> None:
+    """The error and no traceback on stderr, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "error:" in result.stderr
+    assert "Traceback" not in result.stderr
+    for part in said:
+        assert part in result.stderr
+
+
+def test_unknown_model(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    for command in (["inspect"], ["prune", "-o", tmp_path / "out", *flags], ["evaluate", "--text", "demo"]):
+        assert_refused(resect_(*command, f"{dense}x"), 1, "no such file or directory", f"Did you mean '{dense}'?")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "llm-prunner"], ["method = 'llm-prunner'", "Did you mean 'llm-pruner'?"]),
+        (["--layout", "unifrom"], ["Did you mean 'uniform'?"]),
+        (["--of", "block"], ["Did you mean 'blocks'?"]),
+        (["--dtype", "float"], ["dtype = 'float'"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--keep", "0"], ["keep = 0.0", "more than 0"]),
+        (["--keep", "1.01"], ["keep = 1.01", "at most 1"]),
+        (["--keep", "0.0001"], ["the smallest reachable share is"]),
+        (["--set", "settings.criterium=l2"], ["no key 'settings.criterium'", "'criterion'"]),
+        (["--set", "settings.criterion=elment2"], ["settings.criterion = 'elment2'", "'element2'"]),
+        (["--set", "calibration.sampels=4"], ["no key 'calibration.sampels'", "'samples'"]),
+        (["--set", "keep"], ["place=value"]),
+        (["--recipe", "nowhere.yaml"], ["There is no recipe 'nowhere.yaml'"]),
+    ],
+)
+def test_requests_that_cannot_be_meant(
+    words: list[str], said: list[str], resect_: Command, dense: Path, flags: list[object], tmp_path: Path
+) -> None:
+    assert_refused(resect_("prune", dense, "-o", tmp_path / "out", *flags, *words), 2, *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_that_are_no_numbers(resect_: Command, dense: Path, text: Path) -> None:
+    assert_refused(resect_("evaluate", dense, "--text", text, "--window", "128;2048"), 2, "128;2048")
+
+
+def test_prune_needs_a_model_and_a_place(resect_: Command, dense: Path) -> None:
+    assert_refused(resect_("prune", "-o", "x"), 2, "model is missing")
+    assert_refused(resect_("prune", dense), 2, "where to write", "-o DIRECTORY")
+
+
+@pytest.mark.parametrize(("words", "said"), [("", "holds none"), ("Too short.", "needs 6 different windows of 24")])
+def test_empty_or_short_text(words: str, said: str, resect_: Command, dense: Path, tmp_path: Path) -> None:
+    poor = tmp_path / "poor.txt"
+    poor.write_text(words)
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--data", poor, "--samples", 6, "--length", 24)
+    assert_refused(result, 1, said, "Nothing was written")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    broken = damaged(dense, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][1, 1] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(resect_("prune", broken, "-o", tmp_path / "out", *flags), 1, "model.embed_tokens.weight", "NaN or inf")
+
+
+def test_a_directory_that_holds_something_else(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.tex").write_text("mine")
+    assert_refused(resect_("prune", dense, "-o", output, *flags), 1, "thesis.tex", "--overwrite")
+    assert (output / "thesis.tex").read_text() == "mine"
+    assert resect_("prune", dense, "-o", output, *flags, "--overwrite").exit_code == 0
+    assert not (output / "thesis.tex").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_pickles_are_refused(resect_: Command, dense: Path, tmp_path: Path) -> None:
+    pickled = damaged(dense, tmp_path / "pickled", leave="model.safetensors")
+    torch.save({}, pickled / "pytorch_model.bin")
+    assert_refused(resect_("prune", pickled, "-o", tmp_path / "out"), 1, "pickled (pytorch_model.bin)", "safetensors")
+    assert_refused(resect_("prune", pickled / "pytorch_model.bin", "-o", tmp_path / "out"), 1, "pickled")
+
+
+def test_code_beside_a_model_is_not_run(resect_: Command, dense: Path, tmp_path: Path) -> None:
+    foreign = damaged(dense, tmp_path / "foreign")
+    config = json.loads((foreign / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (foreign / "config.json").write_text(json.dumps(config))
+    (foreign / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert_refused(resect_("inspect", foreign), 1, "trust_remote_code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_errors_are_json_too(resect_: Command, dense: Path, tmp_path: Path) -> None:
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--layout", "unifrom", "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["type"] == "UsageError"
+    assert "Did you mean 'uniform'?" in error["message"]
+
+
+@pytest.mark.parametrize("stage", ["prune", "save"])
+def test_ctrl_c_says_what_there_is(
+    stage: str, resect_: Command, dense: Path, flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resect.recipe.runs, stage, stop)
+    result = resect_("prune", dense, "-o", tmp_path / "out", *flags)
+    assert result.exit_code == 130
+    assert f"Nothing was written to {tmp_path / 'out'}." in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# In a process of its own.
+
+
+def shell(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "from resect.cli import app; app(prog_name='resect')"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_a_plan_in_a_process_of_its_own(dense: Path, flags: list[object], tmp_path: Path) -> None:
+    result = shell("prune", dense, "-o", "out", *flags, "--dry-run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["status"] == "planned"
+    assert (tmp_path / "out" / "plan.json").is_file()
+
+
+def test_help_needs_no_torch() -> None:
+    """The package's own modules aside: `import resect` may bring torch, the command line must not."""
+    root = Path(resect.cli.__file__).parents[1]
+    code = (
+        f"import sys, types; room = types.ModuleType('resect'); room.__path__ = [{str(root)!r}]; sys.modules['resect'] = room;"
+        "import resect.cli; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "prune", "run", "evaluate"])
+def test_help_names_every_flag(command: str, resect_: Command) -> None:
+    result = resect_(*filter(None, [command]), "--help")
+    assert result.exit_code == 0
+    flags = {
+        "": ["--version", "inspect", "prune", "run", "evaluate"],
+        "inspect": ["--json", "--trust-remote-code"],
+        "prune": ["--method", "--keep", "--of", "--data", "--samples", "--length", "--layout", "--align", "--recipe", "--set"]
+        + ["--seed", "--device", "--dtype", "--dry-run", "--overwrite", "--trust-remote-code", "--json", "-o"],
+        "run": ["--set", "--overwrite", "--dry-run", "--json", "-o"],
+        "evaluate": ["--text", "--window", "--latency", "--limit", "--json"],
+    }
+    for flag in flags[command]:
+        assert flag in result.stdout
+
+
+def test_version(resect_: Command) -> None:
+    assert resect_("--version").stdout.startswith("resect ")
