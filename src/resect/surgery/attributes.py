@@ -9,7 +9,6 @@ module is used for its likes in the other blocks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import nn
 from resect.errors import ModelError
 from resect.graph import Blocks, Graph, Group, replay
 from resect.plan import Plan
-from resect.surgery.modeling_resect import followers
+from resect.surgery.modeling_resect import followers, set_attributes
 from resect.surgery.positions import changed
 
 Attributes = dict[str, dict[str, Any]]
@@ -156,17 +155,9 @@ def _within_block(group: Group, blocks: Blocks) -> str:
 @contextmanager
 def _attributes_set(model: nn.Module, attributes: Attributes) -> Iterator[None]:
     """Sets attributes for a while; configurations are copied, so that modules do not share the change."""
-    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    before = [(model.get_submodule(path), dict(vars(model.get_submodule(path)))) for path in attributes]
     try:
-        for path, values in attributes.items():
-            module = model.get_submodule(path)
-            before.append((module, dict(vars(module))))
-            for name, value in values.items():
-                if name.startswith("config."):
-                    module.config = copy.copy(module.config)
-                    setattr(module.config, name.removeprefix("config."), value)
-                else:
-                    setattr(module, name, value)
+        set_attributes(model, attributes)
         yield
     finally:
         for module, values in before:

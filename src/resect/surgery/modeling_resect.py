@@ -40,7 +40,7 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     """
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
-    _set_attributes(model, record["attributes"])
+    set_attributes(model, record["attributes"])
     _remove(model, record["removed"])
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
@@ -206,7 +206,7 @@ def _set_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
             set_tensor(model, name, old.detach()[tuple(slice(size) for size in new)].clone())
 
 
-def _set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
     """Sets the attributes of each module; `config.x` sets `x` in a configuration of the module's own."""
     for path, values in attributes.items():
         module = _submodule(model, path, path)
