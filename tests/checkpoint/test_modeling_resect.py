@@ -178,7 +178,7 @@ def test_attention_implementation_reaches_private_configurations(shipped: tuple[
     _, directory = shipped
     loaded = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     attention = loaded.model.layers[0].self_attn
-    modeling_resect._set_attributes(loaded, {"model.layers.0.self_attn": {"config.num_attention_heads": 3}})
+    modeling_resect.set_attributes(loaded, {"model.layers.0.self_attn": {"config.num_attention_heads": 3}})
     before = logits_with_cache(loaded, random_tokens())
     loaded.set_attn_implementation("eager")
     assert attention.config is not loaded.config

@@ -209,7 +209,7 @@ def test_an_interruption_afterwards_leaves_a_whole_model_and_says_so(
 
     monkeypatch.setattr(resect.recipe.runs, "measure", stop)
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(recipe_of(dense, text, tmp_path / "out", evaluation={"dense": False}))
+        run(recipe_of(dense, text, tmp_path / "out", evaluation={"dense": False, "generations": "Bells"}))
     assert measured == ["pruned"]
     assert "whole and verified" in caught.value.__notes__[0]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["status"] == "saved"

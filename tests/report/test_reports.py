@@ -152,6 +152,7 @@ def test_inspection_folds_layers_and_prices_units(family: str, tmp_path: Any) ->
     assert share.parameters == 3 * channels.units * channels.unit_parameters
     assert share.of_model == share.parameters / found.parameters
     assert len(found.frozen) < len(graph.frozen)
+    assert len({(row.parameter, row.axis, row.reason) for row in found.frozen}) == len(found.frozen)
     assert max(map(len, text_of(inspection_tables(found)).splitlines())) <= 100
     if family == "bloom":  # ALiBi's slopes are constants, a head has its own
         assert "heads" not in {row.kind for row in found.units}

@@ -26,8 +26,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop at plan.json: noth
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any value of the recipe, like settings.criterion=l2.")
 ]
-Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps. [dim]cpu[/]")]
-Dtype = Annotated[str | None, typer.Option(metavar="T", help="float32, bfloat16, float16. [dim]float32[/]")]
+Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps. Default: cpu.")]
+Dtype = Annotated[str | None, typer.Option(metavar="T", help="float32, bfloat16, float16. Default: float32.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")]
 
 
@@ -62,26 +62,26 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) 
 def prune(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")] = None,
     output: Output = None,
-    method: Annotated[str | None, typer.Option(help="What decides. [dim]llm-pruner[/]")] = None,
-    keep: Annotated[float | None, typer.Option(help="The share that stays, in (0, 1]. [dim]0.8[/]")] = None,
-    of: Annotated[str | None, typer.Option(help="What it is a share of: blocks, model, macs. [dim]blocks[/]")] = None,
+    method: Annotated[str | None, typer.Option(help="What decides. Default: llm-pruner.")] = None,
+    keep: Annotated[float | None, typer.Option(help="The share that stays, in (0, 1]. Default: 0.8.")] = None,
+    of: Annotated[str | None, typer.Option(help="What it is a share of: blocks, model, macs. Default: blocks.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
             help="Calibration text, repeatable: a file, wikitext2, c4, ptb, bookcorpus, "
-            "NAME:CONFIG:SPLIT:COLUMN, demo, self. [dim]self: the model writes it[/]",
+            "NAME:CONFIG:SPLIT:COLUMN, demo, self. Default: self: the model writes it.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples. [dim]128[/]")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in each. [dim]128[/]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples. Default: 128.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each. Default: 128.")] = None,
     layout: Annotated[
-        str | None, typer.Option(help="uniform (same sizes in every layer, loads anywhere) or per-layer. [dim]uniform[/]")
+        str | None, typer.Option(help="uniform (same sizes in every layer, loads anywhere) or per-layer. Default: uniform.")
     ] = None,
-    align: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this. [dim]1[/]")] = None,
+    align: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this. Default: 1.")] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
     set_: Set = None,
-    seed: Annotated[int | None, typer.Option(help="For text and for random choices. [dim]42[/]")] = None,
+    seed: Annotated[int | None, typer.Option(help="For text and for random choices. Default: 42.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     dry_run: DryRun = False,

@@ -19,7 +19,7 @@ from resect.methods import Result, prune
 from resect.plan import Plan
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of, measure, read_evaluation_texts, timed, weight_bytes
 from resect.recipe.schema import Recipe
-from resect.report import Measured, RunReport, peak_memory, run_markdown, run_report
+from resect.report import RunReport, peak_memory, run_markdown, run_report
 
 HEADER = "# Everything that this run was asked for, defaults written out. Again: resect run recipe.yaml -o DIRECTORY\n"
 
@@ -139,9 +139,10 @@ def _measure_pruned(
 ) -> None:
     """Adds the figures of the pruned model to the report; of both, where they are measured in turns."""
     asked = recipe.evaluation
-    with stages("evaluate pruned", "evaluate the pruned model"):
-        found = measure(model, tokenizer, asked, texts=texts, name="pruned")
-    _take(report.pruned, found)
+    if texts or asked.generations:
+        with stages("evaluate pruned", "evaluate the pruned model"):
+            found = measure(model, tokenizer, asked, texts=texts, name="pruned")
+        report.pruned.perplexities, report.pruned.generations = found.perplexities, found.generations
     if not asked.latency:
         return
     models = {"pruned": model}
@@ -150,12 +151,6 @@ def _measure_pruned(
             models = {"dense": _load_model(recipe, device_of(recipe.device)), **models}
         timings = timed(models, asked.latency)
     report.dense.timings, report.pruned.timings = timings.get("dense"), timings["pruned"]
-
-
-def _take(known: Measured, found: Measured) -> None:
-    """What was measured of a model whose sizes are known."""
-    known.parameters = found.parameters
-    known.perplexities, known.generations = found.perplexities, found.generations
 
 
 def _facts(saved: Saved, directory: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ class Figure:
     show: Callable[[float], str]
     kind: str = "size"
     """`size`, `quality` or `speed`."""
+    heading: str = ""
+    """The name over a narrow column."""
 
     def texts(self) -> list[str]:
         """The values as text, a dash where one is unknown."""
@@ -38,9 +40,9 @@ def figures(models: Sequence[Measured]) -> list[Figure]:
     """What was measured of the models: sizes, perplexities, speeds; quantities that none has are left out."""
     rows = [
         Figure("parameters", tuple(m.parameters for m in models), whole),
-        Figure("block parameters", tuple(m.block_parameters for m in models), whole),
+        Figure("block parameters", tuple(m.block_parameters for m in models), whole, heading="block\nparameters"),
         Figure(f"MACs, 1 x {_tokens(models)} tokens", tuple(m.macs for m in models), metric),
-        Figure("weight files", tuple(m.file_bytes for m in models), lambda value: f"{metric(value)}B"),
+        Figure("weight files", tuple(m.file_bytes for m in models), lambda value: f"{metric(value)}B", heading="weight\nfiles"),
         *_perplexities(models),
         *_timings(models),
     ]
@@ -56,7 +58,8 @@ def _perplexities(models: Sequence[Measured]) -> list[Figure]:
         counts = {p.tokens for p in here if p}
         counted = f"{counts.pop():,} tokens" if len(counts) == 1 else "tokenised differently"
         name = f"perplexity {text} @{window} ({counted})"
-        rows.append(Figure(name, tuple(p.value if p else None for p in here), brief, "quality"))
+        heading = f"{text}\n@{window}\n{counted}"
+        rows.append(Figure(name, tuple(p.value if p else None for p in here), brief, "quality", heading))
     return rows
 
 
@@ -68,8 +71,8 @@ def _timings(models: Sequence[Measured]) -> list[Figure]:
     read = tuple(t.prefill_seconds.median if t else None for t in found)
     written = tuple(t.decode_tokens_per_second.median if t else None for t in found)
     return [
-        Figure(f"prefill 1 x {first.prompt}, seconds", read, brief, "speed"),
-        Figure(f"decode {first.decode}, tokens/s", written, brief, "speed"),
+        Figure(f"prefill 1 x {first.prompt}, seconds", read, brief, "speed", f"prefill\n1 x {first.prompt}\nseconds"),
+        Figure(f"decode {first.decode}, tokens/s", written, brief, "speed", f"decode\n{first.decode}\ntokens/s"),
     ]
 
 

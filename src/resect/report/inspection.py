@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from resect.graph import Graph, Group
+from resect.graph import Frozen, Graph, Group
 from resect.report.layers import spans
 from resect.report.results import SCHEMA, Record
 
@@ -42,7 +42,8 @@ class FrozenRow(Record):
     parameter: str
     """`*` stands for the layers' numbers."""
     axis: int
-    size: int
+    sizes: list[int]
+    """Positions of every such part of the axis."""
     layers: str
     reason: str
 
@@ -123,15 +124,15 @@ def _share(graph: Graph, kinds: Sequence[str]) -> KindShare:
 
 
 def _frozen_rows(graph: Graph) -> list[FrozenRow]:
-    alike: dict[tuple[str, int, int, str], list[int]] = {}
+    alike: dict[tuple[str, int, str], list[Frozen]] = {}
     for item in graph.frozen:
-        key = (_any_layer(item.parameter), item.axis, item.size, _any_layer(item.reason))
-        layer = graph.blocks.layer_of(item.parameter)
-        alike.setdefault(key, []).extend([layer] if layer is not None else [])
-    return [
-        FrozenRow(parameter=parameter, axis=axis, size=size, layers=spans(set(layers)), reason=reason)
-        for (parameter, axis, size, reason), layers in alike.items()
-    ]
+        alike.setdefault((_any_layer(item.parameter), item.axis, _any_layer(item.reason)), []).append(item)
+    rows = []
+    for (parameter, axis, reason), items in alike.items():
+        layers = [layer for item in items if (layer := graph.blocks.layer_of(item.parameter)) is not None]
+        sizes = list(dict.fromkeys(item.size for item in items))
+        rows.append(FrozenRow(parameter=parameter, axis=axis, sizes=sizes, layers=spans(set(layers)), reason=reason))
+    return rows
 
 
 def _mixed(graph: Graph, kinds: Sequence[str]) -> dict[str, list[str]]:

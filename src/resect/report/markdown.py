@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from resect.report.figures import figures
 from resect.report.layers import bar, kinds_of, layer_rows, spans
 from resect.report.results import RunReport
-from resect.report.words import LOADS, asked, kept_shares, provenance
+from resect.report.words import LOADS, PROTOCOL, asked, kept_shares, provenance
 
 STATUS = {
     "planned": "A dry run: the plan was made, nothing was cut.",
@@ -53,7 +53,7 @@ def _perplexity_note(report: RunReport) -> str:
     if not found:
         return "Nothing was evaluated."
     digests = ", ".join(dict.fromkeys(f"{p.text} `{p.digest[:12]}`" for p in found))
-    return f"Perplexity: windows do not overlap, no token is added, the first of each is not predicted. Text tokens: {digests}."
+    return f"Perplexity: {PROTOCOL} Text tokens: {digests}."
 
 
 def _loading(report: RunReport) -> list[str]:

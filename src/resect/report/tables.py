@@ -13,7 +13,7 @@ from resect.report.figures import figures, metric
 from resect.report.inspection import Inspection
 from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
 from resect.report.results import EvaluationReport, RunReport
-from resect.report.words import asked, provenance
+from resect.report.words import PROTOCOL, asked, provenance
 
 FROZEN_SHOWN = 12
 """Lines of frozen axes shown; the JSON form has all."""
@@ -61,10 +61,13 @@ def comparison_table(report: EvaluationReport) -> Group:
     table.add_column("model", overflow="fold")
     rows = figures(report.models)
     for figure in rows:
-        table.add_column(figure.name, justify="right", overflow="fold")
+        heading = figure.heading or figure.name
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split("\n"))))
     for place, model in enumerate(report.models):
         table.add_row(model.name, *(figure.texts()[place] for figure in rows))
     parts: list[RenderableType] = [table]
+    if any(model.perplexities for model in report.models):
+        parts.append(Text(f"text @window, tokens predicted: perplexity. {PROTOCOL}", style="dim"))
     for prompt_number, prompt in enumerate(report.prompts):
         written = _table()
         written.add_column("model")
@@ -114,11 +117,14 @@ def _share_table(found: Inspection) -> Table:
 
 def _frozen_table(found: Inspection) -> Table:
     table = _table()
-    for column in ("parameter", "axis", "positions", "layers", "because"):
-        table.add_column(column, justify="right" if column in ("axis", "positions") else "left", overflow="fold")
+    table.add_column("parameter", max_width=44, overflow="fold")
+    table.add_column("axis", justify="right")
+    for column in ("positions", "layers", "because"):
+        table.add_column(column, overflow="fold")
     for row in found.frozen[:FROZEN_SHOWN]:
         inside = row.parameter.removeprefix(f"{found.block_path}.*.") if row.layers else row.parameter
-        table.add_row(inside, str(row.axis), f"{row.size:,}", row.layers or "-", row.reason)
+        sizes = ", ".join(f"{size:,}" for size in row.sizes)
+        table.add_row(inside.removesuffix(".weight"), str(row.axis), sizes, row.layers or "-", row.reason)
     if len(found.frozen) > FROZEN_SHOWN:
         table.add_row(f"and {len(found.frozen) - FROZEN_SHOWN} more, see --json", "", "", "", "")
     return table

@@ -7,6 +7,7 @@ from typing import Any
 from resect.report.results import RunReport
 
 OF = {"blocks": "block parameters", "model": "parameters", "macs": "multiply-accumulates"}
+PROTOCOL = "Windows do not overlap, no token is added, the first of each is not predicted."
 LOADS = {
     "uniform": "stock transformers: `AutoModelForCausalLM.from_pretrained(directory)`",
     "per-layer": "`resect.load(directory)`, or transformers with `trust_remote_code=True` (the code lies beside the weights)",
@@ -25,11 +26,14 @@ def asked(report: RunReport) -> str:
 
 
 def provenance(report: RunReport) -> str:
-    """Which text decided, with which seed."""
+    """Which text decided, with which seed, and how perplexity was taken."""
     seed = f"seed {report.recipe['seed']}"
     if report.calibration is None:
-        return f"No calibration text: {report.recipe['settings']['criterion']} looks at weights only; {seed}."
-    return f"Calibration: {calibration_text(report.calibration)}; {seed}. Perplexity windows do not overlap; no token is added."
+        text = f"No calibration text: {report.recipe['settings']['criterion']} looks at weights only; {seed}."
+    else:
+        text = f"Calibration: {calibration_text(report.calibration)}; {seed}."
+    measured = any(model.perplexities for model in report.models)
+    return f"{text} Perplexity: {PROTOCOL[0].lower()}{PROTOCOL[1:]}" if measured else text
 
 
 def calibration_text(calibration: dict[str, Any]) -> str:
