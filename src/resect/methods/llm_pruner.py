@@ -6,9 +6,9 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class LLMPruner(BaseModel):
     granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Literal["heads", "channels", "residual", "blocks"], ...] | None = None
     selection: Literal["global", "local"] = "global"
-    blocks: Mapping[str, tuple[int, int]] | None = None
+    blocks: dict[Literal["heads", "channels"], tuple[int, int]] | None = None
     share: float | None = Field(default=None, ge=0, lt=1)
     iterations: int = Field(default=1, ge=1)
     floor: int = Field(default=1, ge=1)
@@ -61,6 +61,18 @@ class LLMPruner(BaseModel):
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
         kinds = [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
+        ranges = {str(kind): span for kind, span in (self.blocks or {}).items()} or None
+        options: dict[str, Any] = {
+            "of": of,
+            "layout": layout,
+            "selection": self.selection,
+            "align": align,
+            "kinds": kinds,
+            "ranges": ranges,
+            "floor": self.floor,
+        }
+        if self.share is None:  # a budget out of reach is refused before the long part
+            select(graph, {group.name: torch.zeros(group.units) for group in graph.of_kind(*kinds)}, keep=keep, **options)
         plan = keep_all(graph.of_kind(*kinds))
         scores: dict[str, Tensor] = {}
         for step in range(1, self.iterations + 1):
@@ -70,20 +82,9 @@ class LLMPruner(BaseModel):
                 scores = score(graph, statistics, reduction=self.reduction, seed=seed)
             scores = {name: _spent_first(values, plan, name) for name, values in scores.items()}
             if self.share is not None:
-                plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=self.blocks)
+                plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=ranges)
             else:
-                plan = select(
-                    graph,
-                    scores,
-                    keep=1 - (1 - keep) * done,
-                    of=of,
-                    layout=layout,
-                    selection=self.selection,
-                    align=align,
-                    kinds=kinds,
-                    ranges=self.blocks,
-                    floor=self.floor,
-                )
+                plan = select(graph, scores, keep=1 - (1 - keep) * done, **options)
         return plan, scores
 
 
