@@ -6,22 +6,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate
 from resect.checkpoint import expressible_kinds
 from resect.errors import UsageError, nearest
+from resect.explain import explain
 from resect.graph import Graph, trace
 from resect.methods.llm_pruner import LLMPruner
 from resect.plan import LAYOUTS, Plan
 from resect.surgery import cut_and_check
-
-M = TypeVar("M", bound=BaseModel)
 
 METHODS: dict[str, type[LLMPruner]] = {"llm-pruner": LLMPruner}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
@@ -94,25 +93,10 @@ def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> L
     """The validated settings of a method; unknown names are `UsageError`s that name the nearest valid one."""
     if method not in METHODS:
         raise UsageError(f"There is no method {method!r}. {nearest(method, METHODS)}")
-    kind = METHODS[method]
-    for name in settings or {}:
-        if name not in kind.model_fields:
-            raise UsageError(f"{method} has no setting {name!r}. {nearest(name, kind.model_fields)}")
-    return validated(kind, settings or {}, what=method)
-
-
-def validated(kind: type[M], values: Mapping[str, Any], *, what: str) -> M:
-    """A pydantic model of the values; what does not fit is a `UsageError` that names the key and what it may be."""
     try:
-        return kind.model_validate(dict(values))
+        return METHODS[method].model_validate(dict(settings or {}))
     except ValidationError as problem:
-        lines = []
-        for error in problem.errors():
-            key, given = ".".join(map(str, error["loc"])), error.get("input")
-            options = str(error.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
-            near = f" {nearest(given, options)}" if isinstance(given, str) and any(options) else ""
-            lines.append(f"{what}: {key} = {given!r}: {error['msg']}.{near}")
-        raise UsageError("\n".join(lines)) from problem
+        raise UsageError(explain(problem, METHODS[method])) from problem
 
 
 def _deployable(chosen: LLMPruner, model: nn.Module, graph: Graph, layout: str) -> tuple[LLMPruner, dict[str, str]]:

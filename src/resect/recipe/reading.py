@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from resect.errors import UsageError, nearest
-from resect.recipe.explain import explain
+from resect.explain import explain
 from resect.recipe.schema import EvaluationSection, Recipe
 
 

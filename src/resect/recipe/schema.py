@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from resect.errors import UsageError, nearest
-from resect.recipe.explain import explain
+from resect.explain import explain
 
 
 def _several(value: Any) -> Any:
