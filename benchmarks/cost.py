@@ -3,8 +3,8 @@
     python benchmarks/cost.py --model demo
 
 Everything runs in one process, bare and estimation in turn. Memory is the process's (or the accelerator's) peak since a reset:
-`weights` after loading, `activations` what a backward pass that keeps no weight gradient adds, `estimation` what each criterion
-needs beyond those activations, as a multiple of the weights.
+`activations` is what a forward and backward pass adds that throws every weight's gradient away the moment it is there; the last
+column is the peak of the estimation less those activations, as a multiple of the weights.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from resect.statistics import collect, token_loss
 KINDS = ("heads", "channels")
 
 
-def bare(model: nn.Module, tokens: Tensor, rows: int, *, gradients: bool = True) -> None:
-    """Forward and backward over all tokens, gradients of all weights accumulated; or of none but the embedding's output."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(gradients)
-        parameter.grad = None
-    handle = None
-    if not gradients:
-        embedding = model.get_input_embeddings()
-        handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+def bare(model: nn.Module, tokens: Tensor, rows: int) -> None:
+    """Forward and backward over all tokens, gradients of all weights accumulated."""
+    model.requires_grad_(True)
     for batch in tokens.split(rows):
         token_loss(model, batch).backward()
-    if handle:
-        handle.remove()
     model.zero_grad(set_to_none=True)
+
+
+def activations_only(model: nn.Module, tokens: Tensor, rows: int, wanted: set[str]) -> None:
+    """The same for the wanted weights alone, each gradient thrown away the moment it is there."""
+    drops = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            drops.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
+    for batch in tokens.split(rows):
+        token_loss(model, batch).backward()
+    for drop in drops:
+        drop.remove()
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -75,6 +80,7 @@ def main() -> None:
     graph = resect.trace(model)
     tokens = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length).tokens.to(asked.device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    wanted = {member.parameter for group in graph.of_kind(*KINDS) for member in group.members}
     rows = []
     for criterion in asked.criteria:
         batch = 1 if criterion in ("element2", "mix") else 1024 // asked.length
@@ -83,7 +89,7 @@ def main() -> None:
         base(), estimate()
         pairs = [(seconds(base), seconds(estimate)) for _ in range(asked.repeats)]
         idle = peak(asked.device, lambda: None)
-        activations = peak(asked.device, lambda batch=batch: bare(model, tokens, batch, gradients=False)) - idle
+        activations = peak(asked.device, lambda batch=batch: activations_only(model, tokens, batch, wanted)) - idle
         needed = peak(asked.device, estimate)
         rows.append(
             {

@@ -232,6 +232,29 @@ def test_floor_stays_in_every_group(layout: str, selection: str) -> None:
     assert_within_one_step(plan, keep=0.62, of="blocks", step=price(groups("channels")[0], "blocks") * LAYERS)
 
 
+def test_spread_lies_between_local_and_global() -> None:
+    """No group loses more than the multiple of the even share, or what the even share itself takes from it."""
+    options: dict[str, Any] = {"keep": 0.7, "of": "blocks", "layout": "per-layer"}
+    even = select(graph(), random_scores(), selection="local", **options)
+    free = select(graph(), random_scores(), **options)
+    share = 0.3 * cost(None, "blocks") / sum(group.units * price(group, "blocks") for group in groups("heads", "channels"))
+    lost = {group.name: len(removed_units(group, free)) / group.units for group in groups("heads", "channels")}
+    assert max(lost.values()) > 1.5 * share, "the global plan must be one that the cap changes"
+    for spread in (1.0, 1.2, 1.5):
+        plan = select(graph(), random_scores(), spread=spread, **options)
+        assert_within_one_step(plan, keep=0.7, of="blocks", step=price(groups("channels")[0], "blocks"))
+        for group in groups("heads", "channels"):
+            most = max(int(spread * share * group.units), len(removed_units(group, even)))
+            assert len(removed_units(group, plan)) <= most, (spread, group.name)
+    assert select(graph(), random_scores(), spread=99.0, **options) == free
+    assert select(graph(), random_scores(), spread=1.5, selection="local", **options) == even
+
+
+def test_spread_below_one_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"spread=0\.5 .* 1 or more"):
+        select(graph(), random_scores(), keep=0.7, spread=0.5)
+
+
 def test_same_input_same_plan() -> None:
     """The order of the scores' dictionary says nothing, nor does a second call, nor which units tie."""
     options: dict[str, Any] = {"keep": 0.7, "of": "blocks", "layout": "per-layer", "selection": "global"}

@@ -36,6 +36,7 @@ class LLMPruner(BaseModel):
     share: float | None = Field(default=None, ge=0, lt=1)
     iterations: int = Field(default=1, ge=1)
     floor: int = Field(default=1, ge=1)
+    spread: float | None = Field(default=None, ge=1)
 
     @property
     def removes(self) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ class LLMPruner(BaseModel):
             "kinds": kinds,
             "ranges": ranges,
             "floor": self.floor,
+            "spread": self.spread,
         }
         if self.share is None:  # a budget out of reach is refused before the long part
             select(graph, {group.name: torch.zeros(group.units) for group in graph.of_kind(*kinds)}, keep=keep, **options)

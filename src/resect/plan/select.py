@@ -3,8 +3,10 @@
 A *ladder* is a family of groups that shrink together: a single group (`layout="per-layer"`) or all groups of one kind
 (`layout="uniform"`). Its steps remove the lowest units first. `selection="global"` orders steps by summed saliency per
 unit of cost, so that units of different size compete fairly; `selection="local"` by the share of the ladder that is
-gone, so that every ladder loses the same share. Steps are taken in order until the budget is met; then the dearest ones
-that are not needed are given back, which lands within one step of the target.
+gone, so that every ladder loses the same share. `spread` lies between the two: global order, but no ladder loses more
+than so many times the share that all would lose alike, because single losses stop adding up when most of a group goes.
+Steps are taken in order until the budget is met; then the dearest ones that are not needed are given back, which lands
+within one step of the target.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def select(
     kinds: Sequence[str] = ("heads", "channels"),
     ranges: Ranges | None = None,
     floor: int = 1,
+    spread: float | None = None,
     tokens: int = 64,
 ) -> Plan:
     """The plan that keeps the share `keep` of a cost and loses least by the given saliencies.
@@ -56,25 +59,28 @@ def select(
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
     that stay to multiples. `ranges` bounds the layers of a kind, `(first, last + 1)`. At least `floor` units of every
-    group stay. The result costs at most `keep` of the dense model, less than one step below it.
+    group stay. `spread` (1 or more) caps what a group may lose, as a multiple of the share that all would lose alike.
+    The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
+    if spread is not None and spread < 1:
+        raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
     ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges)
     dense = cost({})
     target = keep * dense
-    steps: list[Step] = []
-    for number, ladder in enumerate(ladders):
-        width = align if ladder[0].kind in ("channels", "residual") else 1
-        price = dense - cost({group.name: 1 for group in ladder})
-        lowest = 0 if ladder[0].kind == "blocks" else floor
-        sizes = _removals(ladder[0].units, width, lowest)
-        steps += _steps(number, ladder, scores, sizes=sizes, price=price, local=selection == "local")
-    steps.sort(key=lambda step: (step.key, step.loss))
-    whole = [step for step in steps if ladders[step.ladder][0].kind == "blocks"]
-    if len(whole) == graph.blocks.count:
-        steps.remove(whole[-1])
+    prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
+    floors = [0 if ladder[0].kind == "blocks" else floor for ladder in ladders]
+    aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
+    if spread is not None and selection == "global":
+        even = _take(_order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=True), ladders, cost, target)
+        share = (dense - target) / sum(ladder[0].units * price for ladder, price in zip(ladders, prices, strict=True))
+        floors = [
+            max(least, ladder[0].units - max((even or {}).get(ladder[0].name, 0), int(spread * share * ladder[0].units)))
+            for ladder, least in zip(ladders, floors, strict=True)
+        ]
+    steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=selection == "local")
     taken = _take(steps, ladders, cost, target)
     if taken is None:
         least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
@@ -151,6 +157,28 @@ def _uniform(graph: Graph, kind: str, groups: list[Group]) -> list[list[Group]]:
             f"ranges, in {len(layers)}. Use layout=per-layer, or leave the ranges out."
         )
     return rows
+
+
+def _order(
+    graph: Graph,
+    ladders: list[list[Group]],
+    scores: Mapping[str, Tensor],
+    *,
+    prices: Sequence[int],
+    floors: Sequence[int],
+    aligns: Sequence[int],
+    local: bool,
+) -> list[Step]:
+    """All steps, first to go first; one block is left whatever happens."""
+    steps: list[Step] = []
+    for number, (ladder, price, least, width) in enumerate(zip(ladders, prices, floors, aligns, strict=True)):
+        sizes = _removals(ladder[0].units, width, least)
+        steps += _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
+    steps.sort(key=lambda step: (step.key, step.loss))
+    whole = [step for step in steps if ladders[step.ladder][0].kind == "blocks"]
+    if len(whole) == graph.blocks.count:
+        steps.remove(whole[-1])
+    return steps
 
 
 def _removals(units: int, align: int, floor: int) -> list[int]:
