@@ -74,12 +74,11 @@ def select(
     floors = [0 if ladder[0].kind == "blocks" else floor for ladder in ladders]
     aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
     if spread is not None and selection == "global":
-        even = _take(_order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=True), ladders, cost, target)
+        steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=True)
+        even = _take(steps, ladders, cost, target) or {}
         share = (dense - target) / sum(ladder[0].units * price for ladder, price in zip(ladders, prices, strict=True))
-        floors = [
-            max(least, ladder[0].units - max((even or {}).get(ladder[0].name, 0), int(spread * share * ladder[0].units)))
-            for ladder, least in zip(ladders, floors, strict=True)
-        ]
+        most = [max(even.get(first.name, 0), int(spread * share * first.units)) for first, *_ in ladders]
+        floors = [max(least, first.units - cap) for (first, *_), least, cap in zip(ladders, floors, most, strict=True)]
     steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=selection == "local")
     taken = _take(steps, ladders, cost, target)
     if taken is None:
