@@ -39,6 +39,7 @@ def plans(graph: Graph, scores: dict[str, torch.Tensor]) -> Iterator[tuple[float
         paper = {"selection": "local", "ranges": dict.fromkeys(KINDS, inner), "kinds": kinds}
         yield share, "uniform", select(graph, scores, keep=share, layout="uniform")
         yield share, "per-layer, global", select(graph, scores, keep=share)
+        yield share, "per-layer, global, spread 1.25", select(graph, scores, keep=share, spread=1.25)
         yield (
             share,
             f"per-layer, local, {'+'.join(kinds)} of blocks {inner[0]}..{inner[1] - 1}",
@@ -89,7 +90,7 @@ def main() -> None:
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
             del model
             gc.collect()
-        write(asked.output, {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
+            write(asked.output, {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
 
 
 if __name__ == "__main__":

@@ -232,6 +232,15 @@ def test_floor_stays_in_every_group(layout: str, selection: str) -> None:
     assert_within_one_step(plan, keep=0.62, of="blocks", step=price(groups("channels")[0], "blocks") * LAYERS)
 
 
+def test_floor_by_kind() -> None:
+    options: dict[str, Any] = {"keep": 0.62, "layout": "per-layer", "selection": "local"}
+    plan = select(graph(), random_scores(), floor={"heads": 3}, **options)
+    assert {len(removed_units(group, plan)) for group in groups("heads")} == {1}
+    free = select(graph(), random_scores(), **options)
+    assert max(len(removed_units(group, free)) for group in groups("heads")) > 1
+    assert_within_one_step(plan, keep=0.62, of="blocks", step=price(groups("channels")[0], "blocks"))
+
+
 def test_spread_lies_between_local_and_global() -> None:
     """No group loses more than the multiple of the even share, or what the even share itself takes from it."""
     options: dict[str, Any] = {"keep": 0.7, "of": "blocks", "layout": "per-layer"}

@@ -24,6 +24,9 @@ from resect.graph.groups import Graph, Operation, Witness
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
 
+EXPERTS = "_experts_implementation_internal"
+"""Where transformers keeps which kernel runs a mixture of experts: most look at the data, `batched_mm` does not."""
+
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
 
@@ -44,7 +47,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     recorder.inputs(inputs)
     try:
-        with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _evaluating(model), recorder.watching(), recorder:
+        with mode, torch.no_grad(), _traceable(model), recorder.watching(), recorder:
             output = torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
         raise ModelError(
@@ -52,6 +55,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
     recorder.outputs(output)
+    for name, axes in parameters.items():
+        if id(state[name]) not in recorder.used:
+            freeze([atom for axis in axes for atom in axis], "not used in the traced run")
     order = {key: place for place, key in enumerate(recorder.used)}
     names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
     run = Run(
@@ -80,7 +86,7 @@ def replay(
     args, kwargs = graph.witness.example
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
     try:
-        with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _evaluating(model), replayer.watching(), replayer:
+        with mode, torch.no_grad(), _traceable(model), replayer.watching(), replayer:
             torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
         return replayer.reached, replayer.where, str(problem).splitlines()[0]
@@ -264,12 +270,19 @@ def _example(given: Any, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[st
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode restored afterwards."""
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the implementations that fake tensors can run; everything as it was afterwards."""
     training = [module for module in model.modules() if module.training]
+    found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+    switched = [(config, config.__dict__[EXPERTS]) for config in found.values() if EXPERTS in getattr(config, "__dict__", ())]
     model.eval()
+    for config, _ in switched:
+        config.__dict__[EXPERTS] = "batched_mm"
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
+        for config, before in switched:
+            config.__dict__[EXPERTS] = before
         for module in training:
             module.training = True

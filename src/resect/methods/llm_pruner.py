@@ -6,7 +6,7 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +35,7 @@ class LLMPruner(BaseModel):
     blocks: dict[Literal["heads", "channels"], tuple[int, int]] | None = None
     share: float | None = Field(default=None, ge=0, lt=1)
     iterations: int = Field(default=1, ge=1)
-    floor: int = Field(default=1, ge=1)
+    floor: Annotated[int, Field(ge=1)] | dict[Literal["heads", "channels", "residual"], Annotated[int, Field(ge=1)]] = 1
     spread: float | None = Field(default=None, ge=1)
 
     @property

@@ -50,7 +50,7 @@ def select(
     align: int = 1,
     kinds: Sequence[str] = ("heads", "channels"),
     ranges: Ranges | None = None,
-    floor: int = 1,
+    floor: int | Mapping[str, int] = 1,
     spread: float | None = None,
     tokens: int = 64,
 ) -> Plan:
@@ -59,7 +59,7 @@ def select(
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
     that stay to multiples. `ranges` bounds the layers of a kind, `(first, last + 1)`. At least `floor` units of every
-    group stay. `spread` (1 or more) caps what a group may lose, as a multiple of the share that all would lose alike.
+    group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may lose, as a multiple of the share that all would lose alike.
     The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
@@ -71,7 +71,8 @@ def select(
     dense = cost({})
     target = keep * dense
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
-    floors = [0 if ladder[0].kind == "blocks" else floor for ladder in ladders]
+    least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
+    floors = [0 if ladder[0].kind == "blocks" else least_by_kind.get(ladder[0].kind, 1) for ladder in ladders]
     aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
     if spread is not None and selection == "global":
         steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=True)
@@ -84,8 +85,8 @@ def select(
     if taken is None:
         least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
         raise UsageError(
-            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with at least {floor} unit kept in every "
-            f"group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
+            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with "
+            f"{_stays(least_by_kind)} kept in every group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
         )
     return _plan(ladders, scores, taken)
 
@@ -117,6 +118,12 @@ def cost_of(graph: Graph, of: str, *, tokens: int = 64) -> Cost:
     if of == "macs":
         return lambda removed: graph.macs(removed, tokens=tokens)
     return lambda removed: graph.parameter_count(removed, blocks_only=of == "blocks")
+
+
+def _stays(floor: Mapping[str, int]) -> str:
+    if len(set(floor.values())) == 1:
+        return f"at least {next(iter(floor.values()))} unit"
+    return ", ".join(f"at least {least} {kind}" for kind, least in floor.items())
 
 
 def _check(keep: float, *, of: str, layout: str, selection: str, kinds: Sequence[str]) -> None:
@@ -228,7 +235,8 @@ def _take(steps: list[Step], ladders: list[list[Group]], cost: Cost, target: flo
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(_removed(steps[:middle], ladders)) <= target else (middle + 1, high)
-    smallest = min((cost({}) - cost(_removed([step], ladders)) for step in steps), default=0)
+    sizes = {(step.ladder, step.units): step for step in steps}
+    smallest = min((cost({}) - cost(_removed([step], ladders)) for step in sizes.values()), default=0)
     taken = steps[: max(low - 1, 0)]
     removed = best = _removed(taken, ladders)
     passed: set[int] = set()
