@@ -39,7 +39,7 @@ def plans(graph: Graph, scores: dict[str, torch.Tensor]) -> Iterator[tuple[float
         paper = {"selection": "local", "ranges": dict.fromkeys(KINDS, inner), "kinds": kinds}
         yield share, "uniform", select(graph, scores, keep=share, layout="uniform")
         yield share, "per-layer, global", select(graph, scores, keep=share)
-        yield share, "per-layer, global, spread 1.25", select(graph, scores, keep=share, spread=1.25)
+        yield share, "per-layer, global, spread 1.2", select(graph, scores, keep=share, spread=1.2)
         yield (
             share,
             f"per-layer, local, {'+'.join(kinds)} of blocks {inner[0]}..{inner[1] - 1}",

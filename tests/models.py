@@ -290,9 +290,9 @@ def random_plan(graph: Graph, seed: int, *, uniform: bool, kinds: Iterable[str])
     common: dict[tuple[str, int], int] = {}
     groups: dict[str, Kept] = {}
     for group in graph.groups:
-        if group.kind not in wanted - {"blocks"} or group.units < 2:
+        if group.kind not in wanted - {"blocks"} or group.units < 2 or group.units == group.least:
             continue
-        highest = max(1, group.units * 2 // 3)
+        highest = min(max(1, group.units * 2 // 3), group.units - group.least)
         if uniform:
             size = (group.kind, group.units)
             removed = common.setdefault(size, _draw(1, highest, generator))

@@ -38,10 +38,24 @@ class Sum:
     parts: tuple[Axis, ...]
 
 
+@dataclass(frozen=True)
+class Contest:
+    """An operator in which the positions of an axis compete: a softmax over them, or a choice of the largest.
+
+    It is the `turn`-th of its name in one run of its module. What is masked must lose: minus infinity goes in there.
+    """
+
+    module: str
+    operator: str
+    turn: int
+    axis: int
+    size: int
+
+
 class Atom:
     """One coordinate of an axis; a node of a union-find forest, refined by its root's definition."""
 
-    __slots__ = ("definition", "marks", "mixed", "parent", "reason", "size")
+    __slots__ = ("contests", "definition", "least", "marks", "mixed", "parent", "reason", "size")
 
     def __init__(self, size: int, reason: str = "") -> None:
         self.size = size
@@ -49,6 +63,8 @@ class Atom:
         self.definition: Product | Sum | None = None
         self.reason = reason
         self.mixed: dict[str, None] = {}
+        self.contests: dict[Contest, None] = {}
+        self.least = 1
         self.marks: set[str] = set()
 
 
@@ -96,16 +112,20 @@ def freeze(axis: Sequence[Atom], reason: str) -> None:
                 freeze(part, reason)
 
 
-def mark(axis: Sequence[Atom], *, mixed: str = "", label: str = "") -> None:
-    """Notes that a statistic in module `mixed` runs over the axis, or that its atoms play the role `label`."""
+def mark(axis: Sequence[Atom], *, mixed: str = "", label: str = "", contest: Contest | None = None, least: int = 1) -> None:
+    """Notes that a statistic in module `mixed` runs over the axis, that its atoms play the role `label`, that their positions
+    meet in a `contest`, or that at least so many of them must stay."""
     for atom in axis:
         top = root(atom)
         if mixed:
             top.mixed.setdefault(mixed)
         if label:
             top.marks.add(label)
+        if contest:
+            top.contests.setdefault(contest)
+        top.least = max(top.least, least)
         for part in _below(top):
-            mark(part, mixed=mixed, label=label)
+            mark(part, mixed=mixed, label=label, contest=contest, least=least)
 
 
 def join(left: Sequence[Atom], right: Sequence[Atom]) -> None:
@@ -228,6 +248,9 @@ def _inherit(top: Atom) -> None:
             mark(part, mixed=module)
         for label in top.marks:
             mark(part, label=label)
+        for contest in top.contests:
+            mark(part, contest=contest)
+        mark(part, least=top.least)
 
 
 def _define(top: Atom, definition: Product | Sum) -> None:
@@ -249,6 +272,8 @@ def _unite(a: Atom, b: Atom) -> None:
     b.parent = a
     a.mixed |= b.mixed
     a.marks |= b.marks
+    a.contests |= b.contests
+    a.least = max(a.least, b.least)
     if b.reason and not a.reason:
         a.reason = b.reason
     _inherit(a)

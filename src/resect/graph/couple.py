@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
-from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Term, Witness
+from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
 
 
 @dataclass
@@ -30,18 +30,21 @@ class Run:
     """What one traced run leaves behind."""
 
     parameters: Mapping[str, Sequence[Axis]]  # tied ones once, in the order that data reaches them
+    buffers: Mapping[str, Sequence[Axis]]  # those that belong to the checkpoint
     operations: Sequence[Operation]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
     streams: Mapping[str, bool]  # whether a block puts out the axes it took in
     tokens: Mapping[str, Atom]  # the axes of the example text
     example: tuple[tuple[Any, ...], dict[str, Any]]
+    fake: bool  # whether fake tensors were enough
 
 
 def couple(model: nn.Module, run: Run) -> Graph:
     """The graph of a traced network."""
     parameters = run.parameters
     blocks = find_blocks(model)
-    found, frozen = _leaves(model, parameters)
+    found, frozen = _leaves(model, {**parameters, **run.buffers})
+    found = {atom: leaf for atom, leaf in found.items() if any(member.parameter in parameters for member in leaf.members)}
     offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks)}
     frozen += [
         Frozen(member.parameter, member.axis, leaf.atom.size, leaf.reason)
@@ -62,11 +65,11 @@ def couple(model: nn.Module, run: Run) -> Graph:
     return Graph(
         groups=(*sorted(offered.values(), key=_order), *depth),
         frozen=tuple(frozen),
-        shapes={name: tuple(map(length, axes)) for name, axes in parameters.items()},
+        shapes={name: tuple(map(length, axes)) for name, axes in (*parameters.items(), *run.buffers.items())},
         blocks=blocks,
         parameters={name: term(axes, blocks.layer_of(name)) for name, axes in parameters.items()},
         contractions=tuple(term(axes, blocks.layer_of(where)) for where, axes in run.contractions),
-        witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}),
+        witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
     )
 
 
@@ -105,7 +108,7 @@ def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]]) -> tuple
                 if not atom.reason:
                     leaf = found.setdefault(atom, _Leaf(atom))
                     leaf.members.append(Member(name, place, _index(coordinate, atom.size)))
-                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _homeless(model, atom)
+                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _homeless(model, atom) or _unruly(atom)
                 outer.append((atom, coordinate))
     return found, frozen
 
@@ -137,6 +140,14 @@ def _homeless(model: nn.Module, atom: Atom) -> str:
     return ""
 
 
+def _unruly(atom: Atom) -> str:
+    """Positions that compete can be cut where the winners are looked up by number: then the losers are never asked."""
+    for contest in atom.contests:
+        if "chosen" not in atom.marks or contest.size != atom.size:
+            return f"positions see each other at {contest.operator} in {contest.module or 'the model'}"
+    return ""
+
+
 def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
     """The groups that are offered, with unique names that say where they are."""
     named: list[tuple[_Leaf, Group]] = []
@@ -146,7 +157,7 @@ def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
             continue
         layers = {blocks.layer_of(member.parameter) for member in leaf.members}
         layer = layers.pop() if len(layers) == 1 else None
-        kind = "residual" if layer is None else "heads" if "attention" in leaf.atom.marks else "channels"
+        kind = _kind(leaf.atom, layer, blocks)
         if kind == "residual":
             stem = "residual"
         else:
@@ -154,9 +165,19 @@ def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
             stem = ".".join([*commonprefix(places), kind])
         taken[stem] += 1
         name = stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
-        group = Group(name, kind, layer, leaf.atom.size, tuple(leaf.members), tuple(leaf.atom.mixed))
+        rivals = tuple(Rivals(contest, torch.arange(leaf.atom.size)[:, None]) for contest in leaf.atom.contests)
+        least = leaf.atom.least
+        group = Group(name, kind, layer, leaf.atom.size, tuple(leaf.members), tuple(leaf.atom.mixed), rivals, least)
         named.append((leaf, group))
     return named
+
+
+def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
+    if "chosen" in atom.marks and atom.contests:
+        return "experts"
+    if "attention" in atom.marks and (layer is not None or not blocks.count):
+        return "heads"
+    return "channels" if layer is not None or not blocks.count else "residual"
 
 
 def _depth(
@@ -174,7 +195,7 @@ def _depth(
             for parameter, axes in parameters.items()
             if parameter.startswith(name + ".")
         )
-        groups.append(Group(name, "blocks", layer, 1, members))
+        groups.append(Group(name, "blocks", layer, 1, members, least=0))
     return groups
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from resect.errors import UsageError, nearest
-from resect.graph.atoms import Atom, Axis, kept_length
+from resect.graph.atoms import Atom, Axis, Contest, kept_length
 from resect.graph.blocks import Blocks
 
-KINDS = ("heads", "channels", "residual", "blocks")
+KINDS = ("heads", "channels", "experts", "residual", "blocks")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,19 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Rivals:
+    """Units that compete in an operator of a module, and the positions each of them has there."""
+
+    contest: Contest
+    index: Tensor  # [units, width], long
+
+
+@dataclass(frozen=True)
 class Group:
     """Slices that must go together, for one family of units.
 
     ``mixed`` names the normalisations whose statistics run over the units: what stays is normalised by itself.
+    ``rivals`` are the operators in which the units compete, and where they lie there. ``least`` units must stay.
     """
 
     name: str
@@ -42,6 +51,8 @@ class Group:
     units: int
     members: tuple[Member, ...]
     mixed: tuple[str, ...] = ()
+    rivals: tuple[Rivals, ...] = ()
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class Witness:
     operations: tuple[Operation, ...]
     example: tuple[tuple[Any, ...], dict[str, Any]]
     groups: Mapping[Atom, str]
+    fake: bool = True  # whether fake tensors were enough
 
     def shapes(self, operation: Operation, kept: Mapping[Atom, int]) -> list[tuple[int, ...]]:
         """The shapes that an operator must put out when leaf atoms shrink to the given sizes."""
@@ -130,6 +142,10 @@ class Graph:
     def of_kind(self, *kinds: str) -> list[Group]:
         """The groups of some kinds, in the order of the network."""
         return [group for group in self.groups if group.kind in kinds]
+
+    def weights(self, group: Group) -> list[Member]:
+        """The members that are parameters; the others are buffers."""
+        return [member for member in group.members if member.parameter in self.parameters]
 
     def parameter_count(self, removed: Mapping[str, int] | None = None, *, blocks_only: bool = False) -> int:
         """Parameters that stay, tied ones counted once; of the blocks alone if asked."""

@@ -14,7 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from resect.graph.atoms import Axis, Misaligned, concatenate, freeze, fresh, join, leaves, length, mark, narrow, reshape
+from resect.graph.atoms import (
+    Axis,
+    Contest,
+    Misaligned,
+    concatenate,
+    factor,
+    freeze,
+    fresh,
+    join,
+    leaves,
+    length,
+    mark,
+    narrow,
+    reshape,
+)
 
 Axes = list[Axis]
 """The axes of one tensor, outermost first."""
@@ -31,6 +45,8 @@ class Call:
     outputs: list[Tensor]
     axes_of: Callable[[Tensor], Axes]
     contractions: list[tuple[str, tuple[Axis, ...]]] = field(default_factory=list)
+    numbers: dict[int, Axis] = field(default_factory=dict)
+    turn: int = 0  # how many operators of this name its module has run before
 
     @property
     def site(self) -> str:
@@ -48,6 +64,10 @@ class Call:
             found.extend(item for item in (value if isinstance(value, list | tuple) else (value,)) if _is_tensor(item))
         return found
 
+    def numbers_of(self, tensor: Any) -> Axis | None:
+        """The axis whose positions the values of an integer tensor are, where that is known."""
+        return self.numbers.get(id(tensor))
+
     def link(self, left: Axis, right: Axis) -> None:
         """Unites two axes; where they cannot be aligned, both are kept whole."""
         try:
@@ -55,6 +75,13 @@ class Call:
         except Misaligned:
             freeze((*left, *right), f"positions that cannot be matched at {self.site}")
 
+
+NUMBERED = frozenset(
+    f"aten.{name}"
+    for name in ("view", "_unsafe_view", "reshape", "clone", "detach", "alias", "_to_copy", "unsqueeze", "squeeze", "slice")
+    + ("transpose", "permute", "t", "expand", "select", "repeat", "split", "unbind", "flatten", "_reshape_alias")
+)
+"""Operators whose results hold the same numbers as what they take in."""
 
 Rule = Callable[[Call], list[Axes]]
 _RULES: dict[str, Rule] = {}
@@ -86,6 +113,9 @@ def apply(call: Call, overload: Any) -> list[Axes]:
         axes = rule(call)
     except Misaligned as problem:
         return _freeze_all(call, f"{problem} at {call.site}")
+    if call.name in NUMBERED and (numbers := call.numbers_of(call.args[0])) is not None:
+        for output in call.outputs:
+            call.numbers[id(output)] = numbers
     for output, found in zip(call.outputs, axes, strict=True):
         assert tuple(output.shape) == tuple(map(length, found)), f"rule of {call.name}: {output.shape} against {found}"
     return axes
@@ -210,7 +240,8 @@ def slice_axis(call: Call) -> list[Axes]:
         if stop <= start:
             raise Misaligned("an empty slice")
     elif size % step == 0 and start < step and stop > size - step:
-        axes[dim] = reshape([axes[dim]], [size // step, step])[0]
+        axes[dim], inner = reshape([axes[dim]], [size // step, step])
+        _pick(call, inner, start)
     else:
         raise Misaligned(f"a slice with step {step}")
     return [axes]
@@ -222,13 +253,18 @@ def select(call: Call) -> list[Axes]:
     axes = _input(call)
     dim = call.arg(1, "dim") % len(axes)
     axis, size = axes.pop(dim), call.args[0].shape[dim]
-    index = call.arg(2, "index") % size
+    _pick(call, axis, call.arg(2, "index") % size)
+    return [axes]
+
+
+def _pick(call: Call, axis: Axis, index: int) -> None:
+    """One fixed position of an axis: it and what stands on either side are segments of their own."""
+    size = length(axis)
     for start, stop in ((0, index), (index + 1, size)):
         if stop - start > 1:
             freeze(narrow(axis, start, stop), f"position {index} is picked at {call.site}")
     if size > 1:
         narrow(axis, index, index + 1)
-    return [axes]
 
 
 @op_rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.tensor_split")
@@ -286,10 +322,12 @@ def stack(call: Call) -> list[Axes]:
 
 def _contract(call: Call, left: Axes, right: Axes) -> Axes:
     """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
+    scores = len(left) > 1 and _on_tokens([left[-2]]) and _on_tokens([right[-1]])
+    attention = scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]])
     call.link(left[-1], right[-2])
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
-    if _on_tokens(left) and _on_tokens(right):  # attention: neither operand is a weight
+    if attention:
         for axis in (*left[:-2], *right[:-2]):
             mark(axis, label="attention")
         mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
@@ -354,13 +392,23 @@ def embedding(call: Call) -> list[Axes]:
     return [[*call.axes_of(call.args[1]), columns]]
 
 
+def _looked_up(call: Call, axis: Axis, index: Tensor) -> None:
+    """An axis indexed by data: chosen from, where the numbers are known to be its positions, else kept whole."""
+    numbers = call.numbers_of(index)
+    if numbers is None or length(numbers) != length(axis):
+        freeze(axis, f"positions are looked up at {call.site}")
+    else:
+        call.link(axis, numbers)
+        mark(axis, label="chosen")
+
+
 @op_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
 def look_up(call: Call) -> list[Axes]:
-    """An axis indexed by data keeps its order; the others pass."""
+    """An axis indexed by data; the others pass."""
     axes, dim = _input(call), call.arg(1, "dim")
     dim %= max(len(axes), 1)
     reason = f"positions are looked up at {call.site}"
-    freeze(axes[dim], reason)
+    _looked_up(call, axes[dim], call.arg(2, "index"))
     axes[dim] = fresh(call.outputs[0].shape[dim], reason)
     for place, size in enumerate(call.outputs[0].shape):
         if length(axes[place]) != size:
@@ -383,10 +431,12 @@ def index(call: Call) -> list[Axes]:
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     passing = [axis for place, axis in enumerate(axes) if place not in indexed]
     for place in indexed:
-        freeze(axes[place], reason)
+        _looked_up(call, axes[place], indices[place])
     front = indexed[0] if adjacent else 0
     width = output.ndim - len(passing)
     looked_up = [fresh(size, reason) for size in output.shape[front : front + width]]
+    if len(indexed) == 1 and indices[indexed[0]].dtype != torch.bool:
+        looked_up = call.axes_of(indices[indexed[0]])
     return [[*passing[:front], *looked_up, *passing[front:]]]
 
 
@@ -405,6 +455,95 @@ def _constant_run(indices: Sequence[Tensor | None], axes: Axes) -> tuple[int, in
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         return None
     return place, numbers[0], numbers[-1] + 1
+
+
+# -- convolutions and images ------------------------------------------------------------------------------------------
+
+
+@op_rule("aten.convolution")
+def convolution(call: Call) -> list[Axes]:
+    """Channels of `groups` groups mixed over a window of positions: weight is [out, in / groups, *window]."""
+    axes, weight, groups = _input(call), call.axes_of(call.args[1]), call.arg(8, "groups")
+    transposed = call.arg(6, "transposed")
+    into, out = (weight[1], weight[0]) if not transposed else (weight[0], weight[1])
+    for axis in weight[2:]:
+        freeze(axis, f"a window of positions at {call.site}")
+    if groups == 1:
+        call.link(axes[1], into)
+    elif not transposed:
+        outer, inner = factor(axes[1], groups)
+        out_outer, _ = factor(out, groups)
+        call.link(outer, out_outer)
+        call.link(inner, into)
+    else:
+        raise Misaligned("a grouped transposed convolution")
+    bias = call.arg(2, "bias")
+    if bias is not None:
+        call.link(out, call.axes_of(bias)[0])
+    spread = [_positions(call, axis, size) for axis, size in zip(axes[2:], call.outputs[0].shape[2:], strict=True)]
+    call.contractions.append((call.where, (axes[0], out, weight[0] if transposed else weight[1], *weight[2:], *spread)))
+    return [[axes[0], out, *spread]]
+
+
+def _positions(call: Call, axis: Axis, size: int) -> Axis:
+    """Positions of an image or a text after an operator that moves them: as many as there are, all kept."""
+    if length(axis) == size and _on_tokens([axis]):
+        return axis
+    freeze(axis, f"positions of an image or a text at {call.site}")
+    found = fresh(size, f"positions of an image or a text at {call.site}")
+    if _on_tokens([axis]):
+        mark(found, label="tokens")
+    return found
+
+
+@op_rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
+@op_rule("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.max_pool2d_with_indices", "aten.max_pool2d")
+@op_rule("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d", "aten.max_pool3d_with_indices")
+@op_rule("aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa")
+def resample(call: Call) -> list[Axes]:
+    """Positions moved, padded or pooled: every axis that changes its length is kept whole."""
+    axes = _input(call)
+    pooled = 0 if call.name in ("aten.constant_pad_nd", "aten.pad") else 2
+    result = []
+    for place, (axis, size) in enumerate(zip(axes, call.outputs[0].shape, strict=True)):
+        moved = length(axis) != size or (pooled and place >= len(axes) - pooled)
+        result.append(_positions(call, axis, size) if moved else axis)
+    return [list(result) for _ in call.outputs]
+
+
+@op_rule("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training", "aten._native_batch_norm_legit")
+@op_rule("aten.cudnn_batch_norm", "aten.batch_norm")
+def batch_norm(call: Call) -> list[Axes]:
+    """Every channel by itself, with its weight, bias and running statistics."""
+    axes = _input(call)
+    for given in call.args[1:5]:
+        if isinstance(given, Tensor):
+            call.link(axes[1], call.axes_of(given)[0])
+    return [axes, *[[axes[1]] if output.numel() else [fresh(size) for size in output.shape] for output in call.outputs[1:]]]
+
+
+@op_rule("aten.native_group_norm")
+def group_norm(call: Call) -> list[Axes]:
+    """Statistics over the channels of each group and all positions: groups are independent, their channels are not."""
+    axes, groups = _input(call), call.arg(6, "group")
+    outer, inner = factor(axes[1], groups)
+    freeze(inner, f"a statistic of each group at {call.site}")
+    for given in call.args[1:3]:
+        if isinstance(given, Tensor):
+            call.link(axes[1], call.axes_of(given)[0])
+    return [axes, *[[axes[0], outer] for _ in call.outputs[1:]]]
+
+
+@op_rule("aten.linalg_solve_triangular", "aten.linalg_inv_ex", "aten.triangular_solve")
+def solve(call: Call) -> list[Axes]:
+    """Batches of equations: what indexes an equation is kept, the batch passes."""
+    left, right = call.axes_of(call.args[0]), call.axes_of(call.args[1])
+    reason = f"a system of equations at {call.site}"
+    for axis in (*left[-2:], right[-2]):
+        freeze(axis, reason)
+    for a, b in zip(left[:-2], right[:-2], strict=True):
+        call.link(a, b)
+    return [right]
 
 
 # -- statistics over an axis -------------------------------------------------------------------------------------------
@@ -435,15 +574,52 @@ def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> 
     return [list(left) for _ in call.outputs]
 
 
-@op_rule("aten._softmax", "aten.softmax", "aten._safe_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod")
-@op_rule("aten.flip", "aten.roll", "aten.sort", "aten.tril", "aten.triu", "aten.topk")
+def _contest(call: Call, axis: Axis, dim: int, least: int = 1) -> None:
+    mark(axis, contest=Contest(call.where, call.name, call.turn, dim, length(axis)), least=least)
+
+
+@op_rule("aten._softmax", "aten.softmax", "aten._safe_softmax")
+def softmax(call: Call) -> list[Axes]:
+    """Positions that compete: what is removed must lose."""
+    axes = _input(call)
+    dim = call.arg(1, "dim") % len(axes)
+    _contest(call, axes[dim], dim)
+    return [axes]
+
+
+@op_rule("aten.topk")
+def topk(call: Call) -> list[Axes]:
+    """The largest positions, and their numbers: as many must stay as are chosen."""
+    axes = _input(call)
+    dim = call.arg(2, "dim", -1) % len(axes)
+    axis = axes[dim]
+    _contest(call, axis, dim, least=call.arg(1, "k"))
+    call.numbers[id(call.outputs[1])] = axis
+    axes[dim] = fresh(call.outputs[0].shape[dim], f"chosen at {call.site}")
+    return [list(axes), list(axes)]
+
+
+@op_rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_")
+def scatter(call: Call) -> list[Axes]:
+    """Values put at numbered positions of one axis; the other axes pairwise."""
+    axes, dim, index = _input(call), call.arg(1, "dim"), call.arg(2, "index")
+    dim %= len(axes)
+    _looked_up(call, axes[dim], index)
+    for tensor in call.tensors()[1:]:
+        for place, axis in enumerate(call.axes_of(tensor)):
+            if place != dim:
+                call.link(axes[place], axis)
+    return [axes]
+
+
+@op_rule("aten._log_softmax", "aten.cumsum", "aten.cumprod", "aten.flip", "aten.roll", "aten.sort", "aten.tril", "aten.triu")
 def ordered(call: Call) -> list[Axes]:
     """Operators in which every position of an axis sees the others: that axis is kept whole."""
     axes, reason = _input(call), f"positions see each other at {call.site}"
     if call.name in ("aten.tril", "aten.triu"):
         touched = [len(axes) - 2, len(axes) - 1]
     else:
-        touched = _dims(call, call.arg(2 if call.name == "aten.topk" else 1, "dim", -1), len(axes))
+        touched = _dims(call, call.arg(1, "dim", -1), len(axes))
     for dim in touched:
         freeze(axes[dim], reason)
     return [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import inf
 from typing import Any
 
@@ -24,6 +26,9 @@ from resect.graph.groups import Graph, Operation, Witness
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
 
+DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
+"""What fake tensors raise when the program asks for their values."""
+
 EXPERTS = "_experts_implementation_internal"
 """Where transformers keeps which kernel runs a mixture of experts: most look at the data, `batched_mm` does not."""
 
@@ -34,39 +39,54 @@ UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", 
 def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
     """The coupled groups of a network, found by running it once on fake tensors.
 
-    The model may be real or on the meta device; no weight is read and the model is left as it was. `example_inputs` are
+    The model may be real or on the meta device; no weight is read and the model is left as it was. A network whose code
+    looks at the values of tensors is run on real ones instead, its own or random numbers. `example_inputs` are
     the keyword arguments (or positional ones, as a tuple) of one forward call; language models need none.
     Raises `ModelError` when the network cannot run.
     """
+    try:
+        return _traced(model, example_inputs, fake=True)
+    except _LooksAtData:
+        return _traced(model, example_inputs, fake=False)
+
+
+def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     recorder = Recorder({id(module): name for name, module in model.named_modules()}, find_blocks(model).path)
-    mode = _fake_mode()
-    with mode, torch.no_grad():
-        state = {name: _fake(tensor) for name, tensor in _state(model)}
+    mode = _fake_mode() if fake else None
+    with mode or nullcontext(), torch.no_grad():
+        state = {name: _fake(tensor) if fake else _real(tensor) for name, tensor in _state(model)}
         args, kwargs = _example(example_inputs, mode)
     parameters = {name: recorder.parameter(state[name]) for name, _ in model.named_parameters()}
+    saved = model.state_dict().keys()
+    numbers = [name for name, tensor in model.named_buffers() if name in saved and tensor.is_floating_point() and tensor.ndim]
+    buffers = {name: recorder.parameter(state[name]) for name in numbers}
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     recorder.inputs(inputs)
     try:
-        with mode, torch.no_grad(), _traceable(model), recorder.watching(), recorder:
+        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder:
             output = torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
+        if fake and any(type(cause).__name__ in DATA_DEPENDENT for cause in _causes(problem)):
+            raise _LooksAtData from problem
         raise ModelError(
             f"Tracing {type(model).__name__} stopped in {recorder.where or 'the model'}: {type(problem).__name__}: "
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
     recorder.outputs(output)
-    for name, axes in parameters.items():
+    for name, axes in (*parameters.items(), *buffers.items()):
         if id(state[name]) not in recorder.used:
             freeze([atom for axis in axes for atom in axis], "not used in the traced run")
     order = {key: place for place, key in enumerate(recorder.used)}
     names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
     run = Run(
         {name: parameters[name] for name in names},
+        buffers,
         recorder.operations,
         recorder.contractions,
         recorder.streams,
         recorder.tokens,
         (args, kwargs),
+        fake,
     )
     return couple(model, run)
 
@@ -80,27 +100,35 @@ def replay(
     """
     kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
     replayer = Replayer({id(module): name for name, module in model.named_modules()}, graph.witness, kept)
-    mode = _fake_mode()
-    with mode, torch.no_grad():
-        state = {name: _fake(tensor, shapes.get(name)) for name, tensor in _state(model)}
+    fake = graph.witness.fake
+    mode = _fake_mode() if fake else None
+    blank = _fake if fake else _real
+    with mode or nullcontext(), torch.no_grad():
+        state = {name: blank(tensor, shapes.get(name)) for name, tensor in _state(model)}
     args, kwargs = graph.witness.example
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
+    if mode:
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
     try:
-        with mode, torch.no_grad(), _traceable(model), replayer.watching(), replayer:
+        with mode or nullcontext(), torch.no_grad(), _silent(), _traceable(model), replayer.watching(), replayer:
             torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
         return replayer.reached, replayer.where, str(problem).splitlines()[0]
     return inf, "", ""
 
 
+class _LooksAtData(Exception):
+    """The network's own code asks for the values of tensors, which fake ones do not have."""
+
+
 class Watcher(TorchDispatchMode):
     """Sees every operator and follows which module is running, through hooks on no module in particular."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], path: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.where = ""
+        self.where = path or ""
+        self.turns = Counter[tuple[str, str]]()
         self._names = names
-        self._path: list[str] = []
+        self._path = [] if path is None else [path]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -114,7 +142,6 @@ class Watcher(TorchDispatchMode):
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Called with every operator and the tensors it put out."""
-        raise NotImplementedError
 
     def left(self, path: str, inputs: Any, output: Any) -> None:
         """Called when a module is done."""
@@ -125,12 +152,16 @@ class Watcher(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         if any(output.numel() for output in outputs):
-            self.seen(func.overloadpacket._qualified_op_name.replace("::", "."), args, kwargs, func, outputs)
+            name = func.overloadpacket._qualified_op_name.replace("::", ".")
+            self.seen(name, args, kwargs, func, outputs)
+            self.turns[self.where, name] += 1
         return result
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         self.where = self._names.get(id(module), self.where)
         self._path.append(self.where)
+        for key in [key for key in self.turns if key[0] == self.where]:
+            del self.turns[key]
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.left(self._path.pop(), inputs, output)
@@ -171,6 +202,7 @@ class Recorder(Watcher):
         self.tokens: dict[str, Atom] = {}
         self._blocks = blocks
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
+        self._numbers: dict[int, Axis] = {}
 
     def parameter(self, tensor: Tensor) -> rules.Axes:
         """Gives a parameter axes of its own."""
@@ -208,6 +240,7 @@ class Recorder(Watcher):
         """Applies the operator's rule."""
         self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
+        call.numbers, call.turn = self._numbers, self.turns[self.where, name]
         found = rules.apply(call, func)
         for tensor, axes in zip(outputs, found, strict=True):
             self._axes[id(tensor)] = (tensor, axes)
@@ -255,18 +288,46 @@ def _fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return torch.empty(tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype)
 
 
+def _real(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """The tensor itself, or random numbers where it has no values or another shape is asked for."""
+    if not tensor.is_meta and shape is None:
+        return tensor.detach()
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype)
+    return torch.randn(tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype) * 0.02
+
+
+def _causes(problem: BaseException | None) -> Iterator[BaseException]:
+    while problem is not None:
+        yield problem
+        problem = problem.__cause__ or problem.__context__
+
+
 def _within(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     with mode:
         return _fake(tensor)
 
 
-def _example(given: Any, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _example(given: Any, mode: FakeTensorMode | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if given is None:
-        return (), {"input_ids": torch.zeros(EXAMPLE_SHAPE, dtype=torch.long), "use_cache": False}
-    fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given)
+        numbers = torch.arange(EXAMPLE_SHAPE[0] * EXAMPLE_SHAPE[1]).view(EXAMPLE_SHAPE)
+        return (), {"input_ids": numbers if mode is None else torch.zeros_like(numbers), "use_cache": False}
+    fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given) if mode else given
     if isinstance(fake, Mapping):
         return (), dict(fake)
     return (fake if isinstance(fake, tuple) else (fake,)), {}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Operators that refuse a shape are the question that a replay asks, not an error to report."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

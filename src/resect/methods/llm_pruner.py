@@ -22,6 +22,9 @@ KINDS = {"block-wise": ("heads", "channels"), "channel-wise": ("residual",), "la
 """What each of the paper's modes removes (section 4.1)."""
 
 
+Units = Annotated[int, Field(ge=1)]
+
+
 class LLMPruner(BaseModel):
     """Settings of the method; every default is explained in docs/methods.md."""
 
@@ -30,13 +33,13 @@ class LLMPruner(BaseModel):
     criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random"] = "element2"
     reduction: Literal["sum", "mean", "max", "prod", "last"] = "sum"
     granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
-    kinds: tuple[Literal["heads", "channels", "residual", "blocks"], ...] | None = None
+    kinds: tuple[Literal["heads", "channels", "experts", "residual", "blocks"], ...] | None = None
     selection: Literal["global", "local"] = "global"
-    blocks: dict[Literal["heads", "channels"], tuple[int, int]] | None = None
+    blocks: dict[Literal["heads", "channels", "experts"], tuple[int, int]] | None = None
     share: float | None = Field(default=None, ge=0, lt=1)
     iterations: int = Field(default=1, ge=1)
-    floor: Annotated[int, Field(ge=1)] | dict[Literal["heads", "channels", "residual"], Annotated[int, Field(ge=1)]] = 1
-    spread: float | None = Field(default=None, ge=1)
+    floor: Units | dict[Literal["heads", "channels", "experts", "residual"], Units] = 1
+    spread: float | None = Field(default=1.2, ge=1)
 
     @property
     def removes(self) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ within one step of the target.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import torch
@@ -59,8 +61,9 @@ def select(
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
     that stay to multiples. `ranges` bounds the layers of a kind, `(first, last + 1)`. At least `floor` units of every
-    group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may lose, as a multiple of the share that all would lose alike.
-    The result costs at most `keep` of the dense model, less than one step below it.
+    group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may lose, as a multiple
+    of the share that its kind would lose if all lost alike. The result costs at most `keep` of the dense model, less than
+    one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
@@ -72,21 +75,19 @@ def select(
     target = keep * dense
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
-    floors = [0 if ladder[0].kind == "blocks" else least_by_kind.get(ladder[0].kind, 1) for ladder in ladders]
+    floors = [first.least and max(first.least, least_by_kind.get(first.kind, 1)) for first, *_ in ladders]
     aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
+    order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns)
     if spread is not None and selection == "global":
-        steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=True)
-        even = _take(steps, ladders, cost, target) or {}
-        share = (dense - target) / sum(ladder[0].units * price for ladder, price in zip(ladders, prices, strict=True))
-        most = [max(even.get(first.name, 0), int(spread * share * first.units)) for first, *_ in ladders]
-        floors = [max(least, first.units - cap) for (first, *_), least, cap in zip(ladders, floors, most, strict=True)]
-    steps = _order(graph, ladders, scores, prices=prices, floors=floors, aligns=aligns, local=selection == "local")
+        even = _take(order(floors=floors, local=True), ladders, cost, target)
+        floors = _capped(ladders, floors, even, spread) if even else floors
+    steps = order(floors=floors, local=selection == "local")
     taken = _take(steps, ladders, cost, target)
     if taken is None:
         least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
         raise UsageError(
-            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with "
-            f"{_stays(least_by_kind)} kept in every group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
+            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with {_stays(least_by_kind)} kept in every "
+            f"group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
         )
     return _plan(ladders, scores, taken)
 
@@ -163,6 +164,18 @@ def _uniform(graph: Graph, kind: str, groups: list[Group]) -> list[list[Group]]:
             f"ranges, in {len(layers)}. Use layout=per-layer, or leave the ranges out."
         )
     return rows
+
+
+def _capped(ladders: list[list[Group]], floors: Sequence[int], even: Mapping[str, int], spread: float) -> list[int]:
+    """How many units must stay where no group may lose more than `spread` times the share that its kind loses evenly."""
+    lost, units = Counter[str](), Counter[str]()
+    for first, *_ in ladders:
+        lost[first.kind] += even.get(first.name, 0)
+        units[first.kind] += first.units
+    most = [
+        max(even.get(first.name, 0), int(spread * lost[first.kind] / units[first.kind] * first.units)) for first, *_ in ladders
+    ]
+    return [max(least, first.units - cap) for (first, *_), least, cap in zip(ladders, floors, most, strict=True)]
 
 
 def _order(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from resect.errors import NumericsError, UsageError, nearest
-from resect.graph import Graph, Group
+from resect.graph import Graph, Group, Member
 from resect.statistics import Statistics, position_values
 
 Reduction = Callable[[Float[Tensor, "members units"]], Float[Tensor, " units"]]
@@ -44,10 +44,10 @@ def score(
     if criterion not in (None, statistics.criterion.name):
         raise UsageError(f"Scores by {criterion!r} were asked of statistics collected for {statistics.criterion.name!r}.")
     values = position_values(statistics, weights or {})
-    covered = [g for g in graph.groups if all(m.axis in values.get(m.parameter, {}) for m in g.members)]
+    covered = [g for g in graph.groups if all(m.axis in values.get(m.parameter, {}) for m in graph.weights(g))]
     if statistics.criterion.name == "random":
         return {group.name: _random(group, seed) for group in covered}
-    return {group.name: _reduced(unit_values(group, values), reduction, group) for group in covered}
+    return {group.name: _reduced(unit_values(graph.weights(group), values), reduction, group) for group in covered}
 
 
 def _reduced(values: Float[Tensor, "members units"], reduction: str, group: Group) -> Float[Tensor, " units"]:
@@ -57,13 +57,13 @@ def _reduced(values: Float[Tensor, "members units"], reduction: str, group: Grou
     return reduced
 
 
-def unit_values(group: Group, values: Mapping[str, Mapping[int, Tensor]]) -> Float[Tensor, "members units"]:
+def unit_values(members: Sequence[Member], values: Mapping[str, Mapping[int, Tensor]]) -> Float[Tensor, "members units"]:
     """The value of each unit in each member: the sum over the positions it owns there.
 
     Paper: members combine first, then the positions of a head add up. Here: the other way round, because the members of a
     grouped head own different numbers of positions. For `sum` and `last` it is the same.
     """
-    return torch.stack([values[m.parameter][m.axis][m.index].sum(1) for m in group.members])
+    return torch.stack([values[m.parameter][m.axis][m.index].sum(1) for m in members])
 
 
 def _random(group: Group, seed: int) -> Tensor:

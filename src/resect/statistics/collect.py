@@ -179,7 +179,7 @@ def _axes(graph: Graph, kinds: Sequence[str]) -> dict[str, list[int]]:
     axes: dict[str, set[int]] = {}
     for group in graph.groups:
         if not kinds or group.kind in kinds:
-            for member in group.members:
+            for member in graph.weights(group):
                 axes.setdefault(member.parameter, set()).add(member.axis)
     return {name: sorted(axes[name]) for name in graph.shapes if name in axes}
 

@@ -3,8 +3,8 @@
 A module may keep the number of its heads, or the place where it splits a fused projection, as an integer attribute or read
 it from a configuration. Nothing is guessed from names: the cut network is run on fake tensors next to the trace of the
 dense one. At the first operator whose result does not have the shape that the coupling demands, the attributes of the
-module it ran in are tried, one, two or three at once, until that module runs through as it should. What worked for one
-module is used for its likes in the other blocks.
+module it ran in, and then of those around it, are tried, one, two or three at once; what gets further is followed, the
+furthest first. What worked for one module is used for its likes in the other blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from resect.surgery.positions import changed
 Attributes = dict[str, dict[str, Any]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
+RUNS = 400
+"""Replays after which the search gives up."""
 
 
 @dataclass(frozen=True)
@@ -47,46 +49,72 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     """
     lost = list(changed(graph, plan))
     groups = [(group, len(keep)) for group, keep in lost]
-    removed = plan.removed()
     found = _layer_sizes(model, shapes)
-    while True:
-        reached, where, problem = _run(model, graph, removed, shapes, found)
+    for path, values in _expert_counts(model, groups).items():
+        found.setdefault(path, {}).update(values)
+    search = Search(model, graph, plan.removed(), shapes, groups)
+    solved = search.solve(found, *search.run(found))
+    if solved is None:
+        kinds = ", ".join(sorted({group.kind for group, _ in groups}))
+        raise ModelError(
+            f"{type(model).__name__} cannot be cut this way: its code in {search.where or 'the model'} does not take the new "
+            f"sizes ({search.problem}). Leave out {kinds} of this model, or keep that module whole."
+        )
+    return solved
+
+
+@dataclass
+class Search:
+    """Trials of attributes on one cut network; each that brings the replay further is followed, the furthest first."""
+
+    model: nn.Module
+    graph: Graph
+    removed: Mapping[str, int]
+    shapes: Mapping[str, list[int]]
+    groups: list[tuple[Group, int]]
+    runs: int = 0
+    furthest: float = -1
+    where: str = ""
+    problem: str = ""
+
+    def run(self, attributes: Attributes) -> tuple[float, str]:
+        """How many operators of the cut network agree with the coupling, and where the first one does not; inf when all do."""
+        self.runs += 1
+        with _attributes_set(self.model, attributes):
+            reached, where, problem = replay(self.model, self.graph, self.removed, self.shapes)
+        if reached > self.furthest:
+            self.furthest, self.where, self.problem = reached, where, problem
+        return reached, where
+
+    def solve(self, found: Attributes, reached: float, where: str) -> Attributes | None:
+        """The attributes with which the network runs through, or None."""
         if reached == inf:
             return found
-        better = _search(model, graph, removed, shapes, found, groups=groups, where=where)
-        if better is None:
-            kinds = ", ".join(sorted({group.kind for group, _ in groups}))
-            raise ModelError(
-                f"{type(model).__name__} cannot be cut this way: its code in {where or 'the model'} does not take the new sizes "
-                f"({problem}). Leave out {kinds} of this model, or keep that module whole."
-            )
-        found = better
+        for trials in self._better(found, reached, where):
+            for further, at, trial in sorted(trials, key=lambda item: -item[0]):
+                solved = self.solve(trial, further, at)
+                if solved is not None:
+                    return solved
+        return None
 
-
-def _search(
-    model: nn.Module,
-    graph: Graph,
-    removed: Mapping[str, int],
-    shapes: Mapping[str, list[int]],
-    found: Attributes,
-    *,
-    groups: list[tuple[Group, int]],
-    where: str,
-) -> Attributes | None:
-    """The fewest attributes with which the module `where`, or one around it, runs through as the coupling demands."""
-    path = where.split(".") if where else []
-    for depth in range(len(path), -1, -1):
-        around = ".".join(path[:depth])
-        roles = list(dict.fromkeys(_candidates(model, graph.blocks, around, groups)))
-        for count in range(1, min(len(roles), AT_ONCE) + 1):
-            for chosen in combinations(roles, count):
-                trial = found
-                for role in chosen:
-                    trial = _apply(model, graph.blocks, role, groups, trial)
-                stopped, at, _ = _run(model, graph, removed, shapes, trial)
-                if stopped == inf or not f"{at}.".startswith(f"{where}."):
-                    return trial
-    return None
+    def _better(self, found: Attributes, reached: float, where: str) -> Iterator[list[tuple[float, str, Attributes]]]:
+        """Trials that get further, by the number of attributes and then by how far around `where` these were looked for."""
+        path = where.split(".") if where else []
+        for count in range(1, AT_ONCE + 1):
+            for depth in range(len(path), -1, -1):
+                roles = list(dict.fromkeys(_candidates(self.model, self.graph.blocks, ".".join(path[:depth]), self.groups)))
+                better = []
+                for chosen in combinations(roles, count):
+                    if self.runs >= RUNS:
+                        return
+                    trial = found
+                    for role in chosen:
+                        trial = _apply(self.model, self.graph.blocks, role, self.groups, trial)
+                    further, at = (reached, where) if trial == found else self.run(trial)
+                    if further > reached:
+                        better.append((further, at, trial))
+                if better:
+                    yield better
 
 
 def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attributes:
@@ -99,16 +127,18 @@ def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attribute
     return found
 
 
-def _run(
-    model: nn.Module,
-    graph: Graph,
-    removed: Mapping[str, int],
-    shapes: Mapping[str, list[int]],
-    attributes: Attributes,
-) -> tuple[float, str, str]:
-    """How many operators of the cut network agree with the coupling, and where the first one does not; inf when all do."""
-    with _attributes_set(model, attributes):
-        return replay(model, graph, removed, shapes)
+def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attributes:
+    """Numbers of experts beside their weights: the replay runs a kernel that does not look at them, others do."""
+    found: Attributes = {}
+    for group, count in groups:
+        for path in {member.parameter.rpartition(".")[0] for member in group.members if group.kind == "experts"}:
+            module = model.get_submodule(path)
+            sizes = [size for parameter in module.parameters(recurse=False) for size in parameter.shape]
+            if sizes.count(group.units) == len(list(module.parameters(recurse=False))):
+                found[path] = {
+                    name: count for name, value in _integers(module) if value == group.units and not name.startswith("config.")
+                }
+    return found
 
 
 def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple[Group, int]]) -> Iterator[Role]:

@@ -35,7 +35,7 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
         raise UsageError("The model is cut already, and a plan counts units of the dense model. Load the dense model again.")
     graph = graph or trace(model)
     record = plan_record(model, plan, graph)
-    tensors = dict(model.named_parameters())
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
     positions = kept_positions(graph, plan)
     for name in record.shapes:
         with torch.no_grad():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from resect.errors import ModelError
-from resect.graph import Graph, trace
+from resect.graph import Contest, Graph, Watcher, trace
 from resect.plan import Plan
 from resect.surgery.modeling_resect import set_tensor
-from resect.surgery.positions import kept_positions, removed_blocks
+from resect.surgery.positions import changed, kept_positions, removed_blocks
 
 
 def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
-    """The model with everything the plan removes set to zero, in place; its shapes stay.
+    """The model with everything the plan removes switched off, in place; its shapes stay.
 
+    Slices of parameters are zero, removed blocks hand on what they take in, removed experts are never chosen.
     A normalisation that runs over removed units (`Group.mixed`) takes its statistics over what stays, as it will after the cut.
     """
     _apply(model, plan, graph or trace(model))
@@ -31,7 +32,7 @@ def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
 def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator[nn.Module]:
     """The model masked while the context lasts, bit-identical afterwards."""
     graph = graph or trace(model)
-    parameters = dict(model.named_parameters())
+    parameters = tensors(model)
     before = [(parameters[name], index, _slices(parameters[name], index).clone()) for name, index in _gone(graph, plan)]
     handles = _apply(model, plan, graph)
     try:
@@ -45,7 +46,7 @@ def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator
 
 
 def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
-    parameters = dict(model.named_parameters())
+    parameters = tensors(model)
     narrowed = [
         _narrow(model.get_submodule(path), path, graph, plan)
         for path in dict.fromkeys(path for name, kept in plan.groups.items() if kept.removed for path in graph.group(name).mixed)
@@ -53,7 +54,13 @@ def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
     with torch.no_grad():
         for name, index in _gone(graph, plan):
             parameters[name][index] = 0
-    return narrowed
+    skipped = [model.get_submodule(path).register_forward_hook(_hand_on) for path in removed_blocks(graph, plan)]
+    return [*narrowed, *_losing(model, graph, plan), *skipped]
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
 Index = tuple[Tensor | slice, ...]
@@ -66,12 +73,59 @@ def _gone(graph: Graph, plan: Plan) -> Iterator[tuple[str, Index]]:
             lost = torch.ones(graph.shapes[name][axis], dtype=torch.bool)
             lost[keep] = False
             yield name, (*([slice(None)] * axis), lost.nonzero().flatten())
-    for block in removed_blocks(graph, plan):
-        yield from ((name, (slice(None),)) for name in graph.shapes if name.startswith(f"{block}."))
 
 
 def _slices(parameter: Tensor, index: Index) -> Tensor:
     return parameter.detach()[index]
+
+
+def _hand_on(block: nn.Module, inputs: Sequence[Any], output: Any) -> Any:
+    """A removed block puts out what it took in."""
+    return inputs[0] if isinstance(output, Tensor) else (inputs[0], *output[1:])
+
+
+def _losing(model: nn.Module, graph: Graph, plan: Plan) -> list[RemovableHandle]:
+    """Makes removed units lose wherever units compete: hooks that switch it on while such a module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+    lost: dict[str, dict[Contest, Tensor]] = {}
+    for group, keep in changed(graph, plan):
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[keep] = False
+        for rivals in group.rivals:
+            lost.setdefault(rivals.contest.module, {})[rivals.contest] = rivals.index[gone].flatten()
+    handles: list[RemovableHandle] = []
+    for path, contests in lost.items():
+        module = model.get_submodule(path)
+        running: list[ExitStack] = []
+
+        def enter(module: nn.Module, inputs: Any, path: str = path, running: Any = running, contests: Any = contests) -> None:
+            stack, losing = ExitStack(), Losing(names, path, contests)
+            stack.enter_context(losing.watching())
+            stack.enter_context(losing)
+            running.append(stack)
+
+        def leave(module: nn.Module, inputs: Any, output: Any, running: Any = running) -> None:
+            running.pop().close()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    return handles
+
+
+class Losing(Watcher):
+    """Puts minus infinity at the removed positions of operators in which positions compete."""
+
+    def __init__(self, names: Mapping[int, str], path: str, contests: Mapping[Contest, Tensor]) -> None:
+        super().__init__(names, path)
+        self._contests = {(contest.module, contest.operator, contest.turn): (contest, gone) for contest, gone in contests.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs one operator."""
+        name = func.overloadpacket._qualified_op_name.replace("::", ".")
+        found = self._contests.get((self.where, name, self.turns[self.where, name]))
+        if found:
+            contest, gone = found
+            args = (args[0].index_fill(contest.axis, gone.to(args[0].device), -torch.inf), *args[1:])
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
@@ -85,6 +139,9 @@ def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> Removable
         raise ModelError(f"{path} normalises over removed units but has no weight that says where they are; keep them whole.")
     keep = next(iter(positions.values()))
     small = copy.deepcopy(module)
+    for name, value in vars(module).items():  # some norms note their width, and insist on it
+        if type(value) is int and any(value == graph.shapes[f"{path}.{weight}"][0] for weight in positions):
+            setattr(small, name, len(keep))
     for name, index in positions.items():
         set_tensor(small, name, small.get_parameter(name).detach()[index.to(small.get_parameter(name).device)])
 

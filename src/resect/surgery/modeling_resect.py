@@ -26,7 +26,10 @@ Record = Mapping[str, Any]
 
 PREFIX = "Resect"
 # Attributes in which torch and transformers layers repeat the size of an axis of their weight.
-SIZES = {"out_features": 0, "in_features": 1, "num_embeddings": 0, "embedding_dim": 1, "nx": 0, "nf": 1}
+SIZES = {
+    **{"out_features": 0, "in_features": 1, "num_embeddings": 0, "embedding_dim": 1, "nx": 0, "nf": 1},
+    **{"out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0},
+}
 # Attributes by which the modules of a block know its number, and thereby its slot in the KV cache.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 

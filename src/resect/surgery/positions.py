@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from resect.errors import UsageError
-from resect.graph import Graph, Group
+from resect.graph import KINDS, Graph, Group
 from resect.plan import Plan
+
+SLICED = tuple(kind for kind in KINDS if kind != "blocks")
+"""Kinds whose units are slices of parameters."""
 
 
 def changed(
-    graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = ("heads", "channels", "residual")
+    graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = SLICED
 ) -> Iterator[tuple[Group, Tensor]]:
     """The groups that lose units, each with the numbers of those that stay: [kept] long.
 
@@ -24,6 +27,11 @@ def changed(
         if group.units != kept.units:
             raise UsageError(
                 f"The plan is for another network: it counts {kept.units} units in {name}, this network has {group.units}."
+            )
+        if kept.removed and len(kept.keep) < group.least:
+            raise UsageError(
+                f"The plan keeps {len(kept.keep)} of the {group.units} {group.kind} in {name}; the network chooses "
+                f"{group.least} of them at a time, so at least as many must stay."
             )
         if kept.removed and group.kind in kinds:
             yield group, torch.tensor(kept.keep, dtype=torch.long)

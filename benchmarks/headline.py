@@ -1,0 +1,68 @@
+"""LLM-Pruner's best settings on the whole of two texts: the figures that are compared with other programs.
+
+    python benchmarks/headline.py --wikitext wiki.test.raw --c4 heldout.txt --calibration c4.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+from quality import KINDS
+from record import environment, write
+
+import resect
+from resect.calibration import calibrate, evaluation_tokens
+from resect.evaluation import perplexity
+from resect.methods import LLMPruner
+from resect.surgery import cut_and_check
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
+    parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
+    parser.add_argument("--calibration", default="demo")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=42)
+    asked = parser.parse_args()
+    tokenizer = resect.load_tokenizer(asked.model)
+    dense = resect.load(asked.model)
+    graph = resect.trace(dense)
+    calibration = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length, seed=asked.seed)
+    wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=65536)
+    c4 = evaluation_tokens(asked.c4, tokenizer, limit=32768)
+    inner = dict.fromkeys(KINDS, (4, 28))
+    runs = [
+        (0.8, "spread 1.2, in three steps", LLMPruner(iterations=3)),
+        (0.5, "spread 1.2", LLMPruner()),
+        (0.8, "spread 1.2", LLMPruner()),
+        (0.8, "local, channels of blocks 4..27", LLMPruner(selection="local", blocks=inner, kinds=("channels",))),
+        (0.5, "spread 1.2, in three steps", LLMPruner(iterations=3)),
+    ]
+    rows = []
+    for keep, name, method in runs:
+        start = time.perf_counter()
+        plan, _ = method.plan(dense, graph, calibration.tokens, keep=keep, seed=asked.seed)
+        seconds = time.perf_counter() - start
+        model = copy.deepcopy(dense)
+        checked = cut_and_check(model, plan, graph)
+        kept = graph.parameter_count(plan.removed(), blocks_only=True) / graph.parameter_count(blocks_only=True)
+        row = {
+            "kept": kept,
+            "settings": f"element2, per-layer, {name}",
+            "WikiText-2@128": perplexity(model, wikitext, window=128).value,
+            "C4@1024": perplexity(model, c4, window=1024).value,
+            "plan_seconds": seconds,
+        }
+        rows.append({**row, **(checked or {})})
+        print(rows[-1], flush=True)
+        write("headline", {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
+
+
+if __name__ == "__main__":
+    main()

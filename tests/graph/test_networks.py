@@ -1,0 +1,173 @@
+"""Networks that are not language models, and operators beyond attention: what is found is cut, and cut equals mask in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.errors import UsageError
+from resect.graph import Graph
+from tests.models import random_plan
+
+
+class Experts(nn.Module):
+    """A router that picks two of five experts for every position, one tensor holding all experts' weights."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.score = score
+        self.enter = nn.Linear(6, 6)
+        self.router = nn.Linear(6, 5)
+        self.up, self.down = nn.Parameter(torch.randn(5, 6, 9)), nn.Parameter(torch.randn(5, 9, 6))
+        self.register_buffer("correction", torch.randn(5))
+        self.leave = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        scores = self.score(self.router(hidden))
+        chosen = torch.add(scores, self.get_buffer("correction")).topk(2, -1).indices
+        weights = scores.gather(1, chosen)
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1))
+
+
+class Residual(nn.Module):
+    """A block of a residual network: two convolutions beside the stream."""
+
+    def __init__(self, channels: int, inner: int, groups: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, inner, 1),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=groups),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream and what was computed beside it."""
+        return x + self.body(x)
+
+
+class Picks(nn.Module):
+    """Looks at values: which rows are positive decides what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 5]."""
+        scale = 2.0 if float(x.sum()) > 0 else 3.0
+        return self.leave(self.enter(x).relu()) * scale
+
+
+def head(channels: int) -> nn.Sequential:
+    """Pools an image to 7 classes."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7))
+
+
+IMAGE = (2, 3, 8, 8)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] = {  # network, input, sizes of its groups
+    "residual": (lambda: nn.Sequential(nn.Conv2d(3, 10, 3), Residual(10, 12), nn.MaxPool2d(2), head(10)), IMAGE, {10, 12}),
+    "depthwise": (lambda: nn.Sequential(nn.Conv2d(3, 10, 3), Residual(10, 12, groups=12), head(10)), IMAGE, {10, 12}),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(3, 10, 3), Residual(10, 12, groups=3), head(10)), IMAGE, {10, 3}),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), head(12)), IMAGE, {4}),
+    "transposed": (lambda: nn.Sequential(nn.Conv2d(3, 10, 2, 2), nn.ConvTranspose2d(10, 11, 2, 2), head(11)), IMAGE, {10, 11}),
+    "padded": (lambda: nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.Conv2d(3, 9, 3), nn.AvgPool2d(2), head(9)), IMAGE, {9}),
+    "flattened": (
+        lambda: nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(9 * 36, 11), nn.Linear(11, 4)),
+        IMAGE,
+        {9, 11},
+    ),
+    "experts, softmax": (lambda: Experts(lambda logits: logits.softmax(-1)), (13, 6), {5, 9}),
+    "experts, sigmoid": (lambda: Experts(torch.sigmoid), (13, 6), {5, 9}),
+    "looks at values": (Picks, (3, 5), {12}),
+}
+
+
+def lively(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network in float64 with random statistics of its batch norms."""
+    torch.manual_seed(0)
+    model = build().double().eval()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_()
+    return model
+
+
+def assert_cut_equals_mask(model: nn.Module, graph: Graph, x: Tensor, *, seed: int) -> None:
+    """For a random plan over every kind."""
+    plan = random_plan(graph, seed, uniform=True, kinds={group.kind for group in graph.groups})
+    assert any(kept.removed for kept in plan.groups.values())
+    with torch.no_grad():
+        with resect.masked(model, plan, graph):
+            expected = model(x)
+        small = resect.cut(copy.deepcopy(model), plan, graph)
+        torch.testing.assert_close(small(x), expected, rtol=1e-9, atol=1e-9)
+    assert sum(p.numel() for p in small.parameters()) == graph.parameter_count(plan.removed())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cut_equals_mask(name: str) -> None:
+    build, shape, sizes = NETWORKS[name]
+    model = lively(build)
+    x = torch.randn(shape, dtype=torch.float64)
+    graph = resect.trace(model, (x,))
+    assert {group.units for group in graph.groups} >= sizes, graph.frozen
+    for seed in (1, 2, 3):
+        assert_cut_equals_mask(model, graph, x, seed=seed)
+
+
+def test_a_removed_expert_is_never_chosen() -> None:
+    """Against the definition: the router's other logits alone decide."""
+    model = lively(lambda: Experts(torch.sigmoid))
+    x = torch.randn(13, 6, dtype=torch.float64)
+    graph = resect.trace(model, (x,))
+    (group,) = graph.of_kind("experts")
+    kept = {"kind": "experts", "layer": group.layer, "units": 5, "keep": [0, 2, 3]}
+    plan = resect.Plan.model_validate({"groups": {group.name: kept}})
+    reference = copy.deepcopy(model)
+    reference.get_buffer("correction")[[1, 4]] = -torch.inf
+    with torch.no_grad():
+        with resect.masked(model, plan, graph):
+            torch.testing.assert_close(model(x), reference(x))
+        torch.testing.assert_close(resect.cut(model, plan, graph)(x), reference(x))
+    assert model.get_parameter("up").shape == (3, 6, 9)
+    assert model.get_buffer("correction").shape == (3,)
+
+
+def test_as_many_experts_stay_as_are_chosen_at_a_time() -> None:
+    model = lively(lambda: Experts(torch.sigmoid))
+    graph = resect.trace(model, (torch.zeros(13, 6, dtype=torch.float64),))
+    (group,) = graph.of_kind("experts")
+    assert group.least == 2
+    kept = {"kind": "experts", "layer": group.layer, "units": 5, "keep": [1]}
+    with pytest.raises(UsageError, match="chooses 2 of them at a time"):
+        resect.cut(model, resect.Plan.model_validate({"groups": {group.name: kept}}), graph)
+
+
+def test_what_the_run_does_not_use_is_kept_whole() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 6), "spare": nn.Linear(6, 6), "out": nn.Linear(6, 3)})
+    model.forward = lambda x: model["out"](model["used"](x))
+    graph = resect.trace(model, (torch.zeros(2, 4),))
+    assert {member.parameter for group in graph.groups for member in group.members} == {"used.weight", "used.bias", "out.weight"}
+    assert {item.parameter for item in graph.frozen if "not used" in item.reason} == {"spare.weight", "spare.bias"}
+
+
+def test_numbers_picked_in_steps_are_no_units() -> None:
+    """x[..., 0::2] gives each of two interleaved positions a part of its own; only the pairs are units."""
+    enter, leave = nn.Linear(5, 12), nn.Linear(6, 5)
+    model = nn.ModuleDict({"enter": enter, "leave": leave})
+    model.forward = lambda x: leave(enter(x)[..., 0::2] * enter(x)[..., 1::2].sigmoid())
+    graph = resect.trace(model, (torch.zeros(2, 5),))
+    assert [group.units for group in graph.groups] == [6]

@@ -1,0 +1,1 @@
+"""Every architecture that transformers can build, made small by rules."""

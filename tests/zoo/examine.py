@@ -1,0 +1,106 @@
+"""What discovery finds in one model type, and whether cutting it computes what masking it computes."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.graph import Graph
+from tests.models import random_plan
+from tests.zoo.shrink import build
+
+INSIDE = ("heads", "channels", "experts")
+TOLERANCE = 1e-4
+"""Largest logit difference as a share of the logits' standard deviation, in float32."""
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    type: str
+    parameters: int = 0
+    blocks: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+    prunable: float = 0.0
+    """The share of block parameters that heads, channels and experts together hold."""
+    frozen: dict[str, int] = field(default_factory=dict)
+    """Parameters' axes that are kept whole, by reason."""
+    differences: dict[str, float] = field(default_factory=dict)
+    """By kind, the largest difference between cut and masked logits."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Kinds that surgery refused, and why."""
+    problem: str = ""
+    seconds: float = 0.0
+
+    @property
+    def verified(self) -> bool:
+        """Whether every kind that is offered was cut and computes what the masked model computes."""
+        return not self.problem and not self.refused and all(value <= TOLERANCE for value in self.differences.values())
+
+
+def examine(model_type: str, *, seed: int = 0) -> Row:
+    """Traces the small model of a type on the meta device, then cuts a real one, kind by kind."""
+    row = Row(model_type)
+    start = time.perf_counter()
+    try:
+        graph = resect.trace(build(model_type))
+        row.seconds = time.perf_counter() - start
+        describe(row, graph)
+        model = lively(build(model_type, device="cpu"), seed)
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # the kernel for grouped products takes widths of 16 bytes only
+    except Exception as problem:  # the table says what went wrong
+        row.problem = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        return row
+    for kind in dict.fromkeys(group.kind for group in graph.groups):
+        try:
+            row.differences[kind] = difference(model, graph, kind, seed)
+        except Exception as problem:
+            row.refused[kind] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return row
+
+
+def describe(row: Row, graph: Graph) -> None:
+    """Fills in what was found."""
+    row.parameters = graph.parameter_count()
+    row.blocks = graph.blocks.count
+    row.groups = dict(Counter(group.kind for group in graph.groups))
+    blocks = graph.parameter_count(blocks_only=True)
+    removed = {group.name: group.units for group in graph.of_kind(*INSIDE) if group.layer is not None}
+    row.prunable = 1 - graph.parameter_count(removed, blocks_only=True) / blocks if blocks else 0.0
+    row.frozen = dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".N", item.reason) for item in graph.frozen))
+
+
+def lively(model: nn.Module, seed: int) -> nn.Module:
+    """The model with noise on all it has learned, so that no bias is zero and no norm is one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.copy_(parameter.nan_to_num(0.0) + 0.05 * noise)
+    return model.eval()
+
+
+def difference(model: nn.Module, graph: Graph, kind: str, seed: int) -> float:
+    """How far cut and masked logits are apart for a random plan, as a share of their standard deviation."""
+    plan = random_plan(graph, seed, uniform=False, kinds=[kind])
+    tokens = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(seed))
+    with resect.masked(model, plan, graph):
+        expected = logits(model, tokens)
+    found = logits(resect.cut(copy.deepcopy(model), plan, graph), tokens)
+    spread = expected.double().std().clamp_min(1e-30)
+    return float((found.double() - expected.double()).abs().max() / spread)
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's logits without a cache."""
+    with torch.no_grad():
+        output: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return output
