@@ -1,4 +1,9 @@
-"""What every benchmark records: the machine, the versions, and a table that was generated."""
+"""What every benchmark records: the machine, the versions, and a table that was generated.
+
+    python benchmarks/record.py quality quality-a quality-b
+
+joins the tables of runs that were made apart, of one script with the same settings but other criteria.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +68,17 @@ def write(name: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     )
 
 
+def join(name: str, parts: Sequence[str]) -> None:
+    """One table from several; rows that occur in each, such as the dense model's, stay once."""
+    read = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
+    about = {**read[0]["about"], "runs": len(read)}
+    asked = [{k: v for k, v in part["about"]["asked"].items() if k not in ("criteria", "output")} for part in read]
+    if any(other != asked[0] for other in asked):
+        raise SystemExit(f"These runs were not made with the same settings: {asked}")
+    rows = [row for part in read for row in part["rows"]]
+    write(name, {**about, "asked": asked[0]}, [row for place, row in enumerate(rows) if row not in rows[:place]])
+
+
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -71,3 +88,7 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+if __name__ == "__main__":
+    join(sys.argv[1], sys.argv[2:])
