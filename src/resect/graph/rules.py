@@ -317,6 +317,20 @@ def stack(call: Call) -> list[Axes]:
     return [axes]
 
 
+@op_rule("aten.view_as_complex")
+def view_as_complex(call: Call) -> list[Axes]:
+    """Pairs of positions become one number."""
+    axes = _input(call)
+    _pick(call, axes[-1], 0)
+    return [axes[:-1]]
+
+
+@op_rule("aten.view_as_real")
+def view_as_real(call: Call) -> list[Axes]:
+    """One number becomes a pair of positions, which stay together."""
+    return [[*_input(call), fresh(2, f"a pair at {call.site}")]]
+
+
 # -- contractions ------------------------------------------------------------------------------------------------------
 
 
