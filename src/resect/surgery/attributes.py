@@ -27,18 +27,19 @@ from resect.surgery.positions import changed
 Attributes = dict[str, dict[str, Any]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
-RUNS = 400
+RUNS = 1000
 """Replays after which the search gives up."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """An attribute that counts units, `units * multiple`, of the group of one name in each block, in every module of a class."""
+    """An attribute that is `offset + units * multiple` of the group of one name in each block, in every module of a class."""
 
     module_type: type[nn.Module]
     attribute: str
     group: str
     multiple: int
+    offset: int = 0
 
 
 def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping[str, list[int]]) -> Attributes:
@@ -146,11 +147,18 @@ def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple
     layer = blocks.layer_of(f"{where}.")
     near = [group for group, _ in groups if group.layer in (None, layer)] or [group for group, _ in groups]
     module = model.get_submodule(where)
+    beside = []
     for name, value in _integers(module):
         for group in near:
             multiple, rest = divmod(value, group.units)
-            if not rest and any(member.index.shape[1] % multiple == 0 for member in group.members):
+            widths = {member.index.shape[1] for member in group.members}
+            if not rest and any(width % multiple == 0 for width in widths):
                 yield Role(type(module), name, _within_block(group, blocks), multiple)
+            for width in sorted(widths):
+                if value > group.units * width and not name.startswith("config."):
+                    offset = value - group.units * width
+                    beside.append(Role(type(module), name, _within_block(group, blocks), width, offset))
+    yield from beside
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -173,8 +181,8 @@ def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Grou
         if module.__class__ is not role.module_type or counts is None:
             continue
         units, count = counts
-        if dict(_integers(module)).get(role.attribute) == units * role.multiple:
-            result.setdefault(path, {})[role.attribute] = count * role.multiple
+        if dict(_integers(module)).get(role.attribute) == role.offset + units * role.multiple:
+            result.setdefault(path, {})[role.attribute] = role.offset + count * role.multiple
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from resect.errors import ModelError
@@ -145,8 +146,11 @@ def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> Removable
     for name, index in positions.items():
         set_tensor(small, name, small.get_parameter(name).detach()[index.to(small.get_parameter(name).device)])
 
-    def narrow(_: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor:
-        index = keep.to(output.device)
-        return torch.zeros_like(output).index_copy(-1, index, small(inputs[0].index_select(-1, index)))
+    def narrow(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+        index, width = keep.to(output.device), output.shape[-1]
+        taken, named = tree_map_only(
+            Tensor, lambda given: given.index_select(-1, index) if given.shape[-1:] == (width,) else given, (inputs, keywords)
+        )
+        return torch.zeros_like(output).index_copy(-1, index, small(*taken, **named))
 
-    return module.register_forward_hook(narrow)
+    return module.register_forward_hook(narrow, with_kwargs=True)
