@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from typing import Any
 
-from quality import KINDS
 from record import environment, write
 
 import resect
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to run, in the order of this file")
+    parser.add_argument("--output", default="headline")
     asked = parser.parse_args()
     tokenizer = resect.load_tokenizer(asked.model)
     dense = resect.load(asked.model)
@@ -36,16 +38,17 @@ def main() -> None:
     calibration = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length, seed=asked.seed)
     wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=65536)
     c4 = evaluation_tokens(asked.c4, tokenizer, limit=32768)
-    inner = dict.fromkeys(KINDS, (4, 28))
+    spared: dict[str, Any] = {"selection": "local", "blocks": {"channels": (4, 28)}, "kinds": ("channels",)}
     runs = [
         (0.8, "spread 1.2, in three steps", LLMPruner(iterations=3)),
         (0.5, "spread 1.2", LLMPruner()),
         (0.8, "spread 1.2", LLMPruner()),
-        (0.8, "local, channels of blocks 4..27", LLMPruner(selection="local", blocks=inner, kinds=("channels",))),
+        (0.8, "local, channels of blocks 4..27", LLMPruner(**spared)),
+        (0.8, "local, channels of blocks 4..27, in three steps", LLMPruner(**spared, iterations=3)),
         (0.5, "spread 1.2, in three steps", LLMPruner(iterations=3)),
     ]
     rows = []
-    for keep, name, method in runs:
+    for keep, name, method in [runs[number] for number in asked.only] if asked.only else runs:
         start = time.perf_counter()
         plan, _ = method.plan(dense, graph, calibration.tokens, keep=keep, seed=asked.seed)
         seconds = time.perf_counter() - start
@@ -61,7 +64,7 @@ def main() -> None:
         }
         rows.append({**row, **(checked or {})})
         print(rows[-1], flush=True)
-        write("headline", {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
+        write(asked.output, {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}, rows)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def join(name: str, parts: Sequence[str]) -> None:
     """One table from several; rows that occur in each, such as the dense model's, stay once."""
     read = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
     about = {**read[0]["about"], "runs": len(read)}
-    asked = [{k: v for k, v in part["about"]["asked"].items() if k not in ("criteria", "output")} for part in read]
+    asked = [{k: v for k, v in part["about"]["asked"].items() if k not in ("criteria", "only", "output")} for part in read]
     if any(other != asked[0] for other in asked):
         raise SystemExit(f"These runs were not made with the same settings: {asked}")
     rows = [row for part in read for row in part["rows"]]

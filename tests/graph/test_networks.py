@@ -171,3 +171,27 @@ def test_numbers_picked_in_steps_are_no_units() -> None:
     model.forward = lambda x: leave(enter(x)[..., 0::2] * enter(x)[..., 1::2].sigmoid())
     graph = resect.trace(model, (torch.zeros(2, 5),))
     assert [group.units for group in graph.groups] == [6]
+
+
+class Notes(nn.Module):
+    """Notes on itself that it has run, and exchanges a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = False
+        self.enter, self.leave = nn.Linear(5, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 5]."""
+        hidden: Tensor = self.enter(x) if self.ran else self.enter(x).relu()
+        self.ran, self.leave = True, nn.Linear(12, 5) if self.ran else self.leave
+        return self.leave(hidden)
+
+
+def test_a_network_that_changes_itself_is_left_as_it_was() -> None:
+    model = Notes()
+    leave = model.leave
+    resect.trace(model, (torch.zeros(2, 5),))
+    assert not model.ran
+    assert model.leave is leave
+    assert model.training

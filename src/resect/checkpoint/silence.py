@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines below an error or warnings from transformers and its hub client in the block; as before afterwards."""
+    """No progress bars, warnings or lesser log lines from transformers and its hub client in the block; as before afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -333,7 +333,7 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the implementations that fake tensors can run; everything as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
+    parts = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
     switched = [(config, config.__dict__[EXPERTS]) for config in found.values() if EXPERTS in getattr(config, "__dict__", ())]
     model.eval()
@@ -345,5 +345,8 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     finally:
         for config, before in switched:
             config.__dict__[EXPERTS] = before
-        for module in training:
-            module.training = True
+        for module, values, children in parts:  # some networks note on themselves that they have run
+            vars(module).clear()
+            vars(module).update(values)
+            module._modules.clear()
+            module._modules.update(children)
