@@ -21,6 +21,8 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+KEYS = ("kept", "criterion", "layout", "settings")
+"""What tells the rows of a table apart."""
 
 
 def environment() -> dict[str, Any]:
@@ -69,14 +71,14 @@ def write(name: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 
 
 def join(name: str, parts: Sequence[str]) -> None:
-    """One table from several; rows that occur in each, such as the dense model's, stay once."""
+    """One table from several; of rows that occur in each, such as the dense model's, the last stays."""
     read = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
     about = {**read[0]["about"], "runs": len(read)}
     asked = [{k: v for k, v in part["about"]["asked"].items() if k not in ("criteria", "only", "output")} for part in read]
     if any(other != asked[0] for other in asked):
         raise SystemExit(f"These runs were not made with the same settings: {asked}")
-    rows = [row for part in read for row in part["rows"]]
-    write(name, {**about, "asked": asked[0]}, [row for place, row in enumerate(rows) if row not in rows[:place]])
+    rows = {tuple(row.get(key) for key in KEYS): row for part in read for row in part["rows"]}
+    write(name, {**about, "asked": asked[0]}, list(rows.values()))
 
 
 def _cell(value: Any) -> str:

@@ -91,6 +91,12 @@ def test_what_an_earlier_step_removed_stays_removed() -> None:
     assert (half & whole).groups == whole.groups
 
 
+def test_steps_keep_to_the_blocks_that_were_asked_for() -> None:
+    settings = {"blocks": {"heads": (1, 2), "channels": (1, 2)}, "iterations": 3}
+    result = prune(FAMILIES["llama"](), keep=0.85, layout="per-layer", settings=settings)
+    assert {kept.layer for kept in result.plan.groups.values() if kept.removed} == {1}
+
+
 def test_paper_shares() -> None:
     """A quarter of the inner blocks: one of six MHA heads (1.5 rounded down) and 14 of 56 channels each."""
     settings = {"share": 0.25, "blocks": {"heads": (1, 2), "channels": (1, 3)}, "selection": "local"}

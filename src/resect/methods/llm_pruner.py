@@ -95,6 +95,8 @@ class LLMPruner(BaseModel):
 
 def _spent_first(values: Tensor, plan: Plan, group: str) -> Tensor:
     """What an earlier step removed is worth nothing now, whatever the criterion says."""
+    if group not in plan.groups:
+        return values
     stays = values.new_zeros(values.shape)
     stays[list(plan.groups[group].keep)] = 1
     return values * stays
