@@ -13,6 +13,7 @@ OFFERED = {
     "deepseek_v3": {"heads", "channels", "experts", "residual", "blocks"},  # latent attention, shared experts, a correction
     "afmoe": {"heads", "channels", "experts", "residual", "blocks"},
     "mamba": {"channels", "residual", "blocks"},
+    "llama4_text": {"heads", "channels", "residual", "blocks"},  # a base_model_prefix that is no attribute
     "bert": {"heads", "channels", "residual", "blocks"},  # norms after the sum
     "bart": {"heads", "channels", "residual", "blocks"},  # cross-attention is there and not used
 }

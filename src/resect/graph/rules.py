@@ -149,7 +149,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.contiguous")
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
-@op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num")
+@op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
     results = []

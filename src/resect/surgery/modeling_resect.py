@@ -148,8 +148,8 @@ def _localized(model: nn.Module, record: Record) -> Record:
     """The record in the names of `model`: those of a model with a head, or, below the prefix, of the bare one."""
     shapes, attributes, removed = (record.get(key) or {} for key in ("shapes", "attributes", "removed"))
     prefix = getattr(model, "base_model_prefix", "")
-    if prefix and not hasattr(model, prefix):
-        start = prefix + "."
+    start = prefix + "."
+    if prefix and not hasattr(model, prefix) and any(name.startswith(start) for name in (*shapes, *attributes, *removed)):
         shapes = {name.removeprefix(start): size for name, size in shapes.items() if name.startswith(start)}
         named = {f"{name}." if name else "": values for name, values in attributes.items()}
         attributes = {name[len(start) : -1]: values for name, values in named.items() if name.startswith(start)}
