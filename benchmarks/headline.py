@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from typing import Any
 
-from record import environment, write
+from record import environment, options, write
 
 import resect
 from resect.calibration import calibrate, evaluation_tokens
@@ -21,14 +20,7 @@ from resect.surgery import cut_and_check
 
 def main() -> None:
     """Runs the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
-    parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
-    parser.add_argument("--calibration", default="demo")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=42)
+    parser = options(__doc__)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to run, in the order of this file")
     parser.add_argument("--output", default="headline")
     asked = parser.parse_args()

@@ -7,14 +7,13 @@ Each criterion's statistics are collected once and serve every layout and size. 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import time
 from collections.abc import Iterator
 
 import torch
-from record import environment, peak_memory, reset_peak_memory, write
+from record import environment, options, peak_memory, reset_peak_memory, write
 from torch import nn
 
 import resect
@@ -54,15 +53,8 @@ def measure(model: nn.Module, texts: dict[str, tuple[torch.Tensor, int]]) -> dic
 
 def main() -> None:
     """Runs the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
-    parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
-    parser.add_argument("--calibration", default="demo")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=128)
+    parser = options(__doc__)
     parser.add_argument("--limit", type=int, default=65536, help="tokens of each evaluation text")
-    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="quality")

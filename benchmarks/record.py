@@ -7,6 +7,7 @@ joins the tables of runs that were made apart, of one script with the same setti
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -23,6 +24,19 @@ import transformers
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("kept", "criterion", "layout", "settings")
 """What tells the rows of a table apart."""
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What is asked of every benchmark that measures quality: model, evaluation texts, calibration."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
+    parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
+    parser.add_argument("--calibration", default="demo")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser
 
 
 def environment() -> dict[str, Any]:
