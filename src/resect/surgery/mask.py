@@ -16,7 +16,7 @@ from resect.errors import ModelError
 from resect.graph import Contest, Graph, Watcher, trace
 from resect.plan import Plan
 from resect.surgery.modeling_resect import set_tensor
-from resect.surgery.positions import changed, kept_positions, removed_blocks
+from resect.surgery.positions import changed, kept_positions, missing, removed_blocks
 
 
 def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
@@ -71,9 +71,7 @@ def _gone(graph: Graph, plan: Plan) -> Iterator[tuple[str, Index]]:
     """Everything that a plan removes, as parameter and index."""
     for name, axes in kept_positions(graph, plan).items():
         for axis, keep in axes.items():
-            lost = torch.ones(graph.shapes[name][axis], dtype=torch.bool)
-            lost[keep] = False
-            yield name, (*([slice(None)] * axis), lost.nonzero().flatten())
+            yield name, (*([slice(None)] * axis), missing(graph.shapes[name][axis], keep).nonzero().flatten())
 
 
 def _slices(parameter: Tensor, index: Index) -> Tensor:
@@ -90,8 +88,7 @@ def _losing(model: nn.Module, graph: Graph, plan: Plan) -> list[RemovableHandle]
     names = {id(module): name for name, module in model.named_modules()}
     lost: dict[str, dict[Contest, Tensor]] = {}
     for group, keep in changed(graph, plan):
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[keep] = False
+        gone = missing(group.units, keep)
         for rivals in group.rivals:
             lost.setdefault(rivals.contest.module, {})[rivals.contest] = rivals.index[gone].flatten()
     handles: list[RemovableHandle] = []

@@ -46,14 +46,20 @@ def kept_positions(graph: Graph, plan: Plan) -> dict[str, dict[int, Tensor]]:
     """For every parameter and axis that shrinks, the positions that stay, ascending: [positions] long."""
     gone: dict[str, dict[int, Tensor]] = {}
     for group, keep in changed(graph, plan):
-        lost = torch.ones(group.units, dtype=torch.bool)
-        lost[keep] = False
+        lost = missing(group.units, keep)
         for member in group.members:
             axes = gone.setdefault(member.parameter, {})
             size = graph.shapes[member.parameter][member.axis]
             mask = axes.setdefault(member.axis, torch.zeros(size, dtype=torch.bool))
             mask[member.index[lost].flatten()] = True
     return {name: {axis: (~mask).nonzero().flatten() for axis, mask in axes.items()} for name, axes in gone.items()}
+
+
+def missing(count: int, keep: Tensor) -> Tensor:
+    """Which of `count` positions are not among those that stay: [count] bool."""
+    lost = torch.ones(count, dtype=torch.bool)
+    lost[keep] = False
+    return lost
 
 
 def take(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
