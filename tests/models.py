@@ -279,7 +279,7 @@ def _hooks(model: nn.Module) -> dict[str, int]:
 
 
 def random_plan(graph: Graph, seed: int, *, uniform: bool, kinds: Iterable[str]) -> Plan:
-    """A plan that removes random units of every group of the given kinds, never all of a group, nor all blocks.
+    """A plan that removes random units of every group of the given kinds, never all of a group, nor all sub-layers or blocks.
 
     Uniform: groups of one kind and size lose equally many. Otherwise each group draws its own number, perhaps none.
     """
@@ -290,7 +290,7 @@ def random_plan(graph: Graph, seed: int, *, uniform: bool, kinds: Iterable[str])
     common: dict[tuple[str, int], int] = {}
     groups: dict[str, Kept] = {}
     for group in graph.groups:
-        if group.kind not in wanted - {"blocks"} or group.units < 2 or group.units == group.least:
+        if group.kind not in wanted - {"sublayers", "blocks"} or group.units < 2 or group.units == group.least:
             continue
         highest = min(max(1, group.units * 2 // 3), group.units - group.least)
         if uniform:
@@ -300,10 +300,10 @@ def random_plan(graph: Graph, seed: int, *, uniform: bool, kinds: Iterable[str])
             removed = _draw(0, highest, generator)
         keep = _draw_units(group.units, group.units - removed, generator)
         groups[group.name] = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=keep)
-    blocks = [group for group in graph.groups if group.kind == "blocks" and "blocks" in wanted]  # of one unit each
-    for index in _draw_units(len(blocks), _draw(1, len(blocks) - 1, generator), generator) if blocks else ():
-        block = blocks[index]
-        groups[block.name] = Kept(kind="blocks", layer=block.layer, units=1, keep=())
+    for kind in ("sublayers", "blocks"):  # of one unit each
+        whole = [group for group in graph.groups if group.kind == kind and kind in wanted]
+        for index in _draw_units(len(whole), _draw(1, len(whole) - 1, generator), generator) if len(whole) > 1 else ():
+            groups[whole[index].name] = Kept(kind=kind, layer=whole[index].layer, units=1, keep=())
     return Plan(groups=groups)
 
 

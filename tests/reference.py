@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from resect.graph import Graph, Group
+from resect.graph import DEPTH, Graph, Group
 from resect.plan import Plan
 
 
@@ -25,7 +25,7 @@ def removed_positions(graph: Graph, plan: Plan) -> dict[tuple[str, int], set[int
     gone: dict[tuple[str, int], set[int]] = {}
     for group in graph.groups:
         units = removed_units(group, plan)
-        if group.kind == "blocks" or not units:
+        if group.kind in DEPTH or not units:
             continue
         for member in group.members:
             gone.setdefault((member.parameter, member.axis), set()).update(member.index[units].flatten().tolist())
@@ -38,11 +38,17 @@ def removed_blocks(graph: Graph, plan: Plan) -> list[int]:
     return [layer for layer in gone if layer is not None]
 
 
+def removed_sublayers(graph: Graph, plan: Plan) -> list[str]:
+    """The modules that put out what removed sub-layers add."""
+    gone = [group.name for group in graph.groups if group.kind == "sublayers" and removed_units(group, plan)]
+    return [graph.sublayers[name].silences[0].path for name in gone]
+
+
 def reference(model: PreTrainedModel, graph: Graph, plan: Plan) -> PreTrainedModel:
     """A copy with dense shapes that computes what the cut model should.
 
     Removed slices are zero. A norm that mixes a group's axis takes its statistics over the kept channels only and puts
-    zeros back where channels are gone. A removed block hands its input on.
+    zeros back where channels are gone. A removed sub-layer adds nothing. A removed block hands its input on.
     """
     masked = copy.deepcopy(model)
     gone = removed_positions(graph, plan)
@@ -53,6 +59,8 @@ def reference(model: PreTrainedModel, graph: Graph, plan: Plan) -> PreTrainedMod
     for path in {path for group in graph.groups if removed_units(group, plan) for path in group.mixed}:
         norm = masked.get_submodule(path)
         norm.register_forward_hook(_normalise_over(norm, gone[f"{path}.weight", 0]))
+    for path in removed_sublayers(graph, plan):
+        masked.get_submodule(path).register_forward_hook(_nothing)
     for block in removed_blocks(graph, plan):
         masked.get_submodule(f"{graph.blocks.path}.{block}").register_forward_hook(_hand_on, with_kwargs=True)
     return masked
@@ -80,10 +88,16 @@ def _hand_on(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+
 def count_parameters(graph: Graph, plan: Plan | None = None, *, within: str = "") -> int:
     """Parameters whose name starts with `within`, after `plan`: the product of every parameter's kept axis lengths."""
     gone = removed_positions(graph, plan) if plan else {}
     blocks = [f"{graph.blocks.path}.{i}." for i in removed_blocks(graph, plan)] if plan else []
+    for name in [group.name for group in graph.of_kind("sublayers") if plan and removed_units(group, plan)]:
+        blocks += [f"{silence.path}." for silence in graph.sublayers[name].silences]
     total = 0
     for name, shape in graph.shapes.items():
         if not name.startswith(within) or name.startswith(tuple(blocks)):

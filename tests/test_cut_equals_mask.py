@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import resect
 from resect.checkpoint import save
 from resect.errors import UsageError
-from resect.graph import Graph
+from resect.graph import DEPTH, Graph
 from resect.plan import Plan
 from tests.models import (
     FAMILIES,
@@ -69,12 +69,13 @@ FLOOR: dict[str, tuple[int, int, int, int]] = {
     "starcoder2": (2, 56, 48, 3),
     "smollm3": (2, 56, 48, 3),
 }
-KINDS = ("heads", "channels", "residual", "blocks")
+KINDS = ("heads", "channels", "residual", "sublayers", "blocks")
 LAYERS = 3
 MIXTURES = [  # a residual width is one for the whole model, and blocks go or stay: there is one layout of each
     (("heads",), False),
     (("residual",), True),
     (("blocks",), True),
+    (("sublayers",), True),
     (("heads", "channels"), True),
     (KINDS, False),
 ]
@@ -141,6 +142,7 @@ def test_finds_at_least(family: str) -> None:
     assert units["channels"] == [channels] * LAYERS
     assert units["residual"] == [residual]
     assert units["blocks"] == [1] * blocks
+    assert units["sublayers"] == [1] * 2 * blocks
     if not heads:
         assert any(frozen.reason for frozen in graph.frozen), "whole heads, and no word why"
 
@@ -163,7 +165,7 @@ def test_groups_are_sound(family: str) -> None:
             assert positions.min() >= 0
             assert positions.max() < size
             assert positions.unique().numel() == positions.numel()
-            assert group.kind == "blocks" or group.layer is None or f".{group.layer}." in member.parameter
+            assert group.kind in DEPTH or group.layer is None or f".{group.layer}." in member.parameter
 
 
 @pytest.mark.parametrize("family", FLOOR)

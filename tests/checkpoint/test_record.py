@@ -12,11 +12,13 @@ from resect.checkpoint.record import EMPTY, compose, record_of
 FIRST = {
     "shapes": {"layers.0.w": [4, 8], "layers.3.w": [3, 8]},
     "attributes": {"layers.3": {"heads": 3, "width": 8}},
+    "silent": {"layers.0.mlp": {"width": 8, "returns": 0}},
     "removed": ["layers.1", "layers.2"],
 }
 SECOND = {
     "shapes": {"layers.1.w": [2, 8], "embed": [7, 5]},
     "attributes": {"layers.1": {"heads": 2}, "layers": {"n": 1}},
+    "silent": {"layers.1.mlp": {"width": 8, "returns": 2}},
     "removed": ["layers.2"],
 }
 
@@ -25,6 +27,7 @@ def test_second_is_read_in_the_numbers_the_first_left() -> None:
     assert compose(FIRST, SECOND) == {
         "shapes": {"layers.0.w": [4, 8], "layers.3.w": [2, 8], "embed": [7, 5]},
         "attributes": {"layers.3": {"heads": 2, "width": 8}, "layers": {"n": 1}},
+        "silent": {"layers.0.mlp": {"width": 8, "returns": 0}, "layers.3.mlp": {"width": 8, "returns": 2}},
         "removed": ["layers.1", "layers.2", "layers.4"],
     }
 

@@ -10,7 +10,7 @@ from torch import nn
 
 Record = dict[str, Any]
 
-EMPTY: Record = {"shapes": {}, "attributes": {}, "removed": []}
+EMPTY: Record = {"shapes": {}, "attributes": {}, "silent": {}, "removed": []}
 
 
 def record_of(model: nn.Module) -> Record:
@@ -30,7 +30,8 @@ def compose(first: Record, second: Record) -> Record:
         attributes.setdefault(_before(name, first), {}).update(values)
     shapes = {_before(name, first): list(shape) for name, shape in second["shapes"].items()}
     removed = [*first["removed"], *(_before(name, first) for name in second["removed"])]
-    return {"shapes": {**first["shapes"], **shapes}, "attributes": attributes, "removed": removed}
+    silent = {**first.get("silent", {}), **{_before(name, first): dict(values) for name, values in second["silent"].items()}}
+    return {"shapes": {**first["shapes"], **shapes}, "attributes": attributes, "silent": silent, "removed": removed}
 
 
 def _before(name: str, record: Record) -> str:

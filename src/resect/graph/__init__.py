@@ -1,12 +1,14 @@
 """Which slices of which parameters belong together: found by tracing on fake tensors, no weights needed."""
 
-from resect.graph.atoms import Axis, Contest, freeze, join
+from resect.graph.atoms import Axis, Contest, freeze, join, kept_length
 from resect.graph.blocks import Blocks
-from resect.graph.groups import KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
+from resect.graph.depth import Silence, Sublayer
+from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
 from resect.graph.trace import Watcher, replay, trace
 
 __all__ = [
+    "DEPTH",
     "KINDS",
     "Axis",
     "Blocks",
@@ -18,10 +20,13 @@ __all__ = [
     "Group",
     "Member",
     "Rivals",
+    "Silence",
+    "Sublayer",
     "Term",
     "Watcher",
     "freeze",
     "join",
+    "kept_length",
     "op_rule",
     "replay",
     "trace",

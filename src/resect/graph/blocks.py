@@ -2,33 +2,109 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A list of like modules that carries most of the model's parameters."""
+    """The repeated blocks of a network, numbered through all its stacks in the order they run.
 
-    path: str
-    count: int
+    `modules` has the paths of every block: one module, or several that stand at the same place of lists side by side.
+    """
 
-    def layer_of(self, parameter: str) -> int | None:
-        """The number of the block a parameter, or a module's path with a dot at its end, belongs to; None outside."""
-        prefix = self.path + "."
-        if not self.count or not parameter.startswith(prefix):
-            return None
-        number = parameter[len(prefix) :].partition(".")[0]
-        return int(number) if number.isdigit() else None
+    modules: tuple[tuple[str, ...], ...] = ()
+    _layers: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._layers.update({path: layer for layer, paths in enumerate(self.modules) for path in paths})
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self.modules)
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The paths of the lists that hold the blocks."""
+        return tuple(dict.fromkeys(path.rpartition(".")[0] for paths in self.modules for path in paths))
+
+    @property
+    def path(self) -> str:
+        """The list that holds the blocks, or all of them with commas between."""
+        return ", ".join(self.lists)
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the block that a parameter, or a module, belongs to; None outside."""
+        return next((layer for layer, _ in self._around(name)), None)
+
+    def within(self, name: str) -> str:
+        """A name without the part that leads to its block."""
+        return next((name[len(path) + 1 :] for _, path in self._around(name)), name)
+
+    def _around(self, name: str) -> Iterator[tuple[int, str]]:
+        at = name.find(".")
+        while at >= 0:
+            if (layer := self._layers.get(name[:at])) is not None:
+                yield layer, name[:at]
+            at = name.find(".", at + 1)
+        if name in self._layers:
+            yield self._layers[name], name
 
 
-def find_blocks(model: nn.Module) -> Blocks:
-    """The `ModuleList` of like children with the most parameters; a count of zero when there is none."""
-    best, most = Blocks("", 0), 0
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > most:
-                best, most = Blocks(path, len(module)), size
-    return best
+def find_blocks(model: nn.Module, streams: Mapping[str, bool]) -> Blocks:
+    """The outermost `ModuleList`s whose modules hand on the axes that they take in.
+
+    `streams` says of every module in a list that ran, in the order they were done, whether it does. Lists side by side
+    whose modules take turns make one stack.
+    """
+    order = {path: place for place, path in enumerate(streams)}
+    stacks: list[list[str]] = []
+    for path in sorted(_stacks(model, "", streams), key=lambda path: min(_turns(model, path, order))):
+        if not any(path in stack for stack in stacks):
+            stacks.append([path, *_beside(model, path, order)])
+    return Blocks(tuple(block for stack in stacks for block in zip(*(_children(model, path) for path in stack), strict=True)))
+
+
+def _stacks(module: nn.Module, path: str, streams: Mapping[str, bool]) -> Iterator[str]:
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList) and _is_stack(child, where, streams):
+            yield where
+        else:
+            yield from _stacks(child, where, streams)
+
+
+def _is_stack(modules: nn.ModuleList, path: str, streams: Mapping[str, bool]) -> bool:
+    """Whether the modules are composite and most of those that ran hand on what they took in."""
+    ran = [streams[f"{path}.{number}"] for number in range(len(modules)) if f"{path}.{number}" in streams]
+    return all(any(True for _ in child.children()) for child in modules) and 2 * sum(ran) > len(ran)
+
+
+def _beside(model: nn.Module, path: str, order: Mapping[str, int]) -> list[str]:
+    """Lists beside a stack, as long as it is, whose modules run between its own."""
+    parent = path.rpartition(".")[0]
+    turns = _turns(model, path, order)
+    found = []
+    for name, module in model.get_submodule(parent).named_children():
+        where = f"{parent}.{name}" if parent else name
+        if where == path or not isinstance(module, nn.ModuleList) or len(module) != len(turns) or len(turns) < 2:
+            continue
+        between = _turns(model, where, order)
+        if all(left < turn < right for (left, right), turn in zip(pairwise(turns), between, strict=False)):
+            found.append(where)
+    return found
+
+
+def _turns(model: nn.Module, path: str, order: Mapping[str, int]) -> list[int]:
+    """When the modules of a list were done; those that never ran come last."""
+    return [order.get(child, len(order)) for child in _children(model, path)]
+
+
+def _children(model: nn.Module, path: str) -> list[str]:
+    modules = model.get_submodule(path)
+    assert isinstance(modules, nn.ModuleList)
+    return [f"{path}.{number}" for number in range(len(modules))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
+from resect.graph.depth import Flow, Sublayer, find_sublayers
 from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
 
 
@@ -33,7 +34,7 @@ class Run:
     buffers: Mapping[str, Sequence[Axis]]  # those that belong to the checkpoint
     operations: Sequence[Operation]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
-    streams: Mapping[str, bool]  # whether a block puts out the axes it took in
+    flow: Flow
     tokens: Mapping[str, Atom]  # the axes of the example text
     example: tuple[tuple[Any, ...], dict[str, Any]]
     fake: bool  # whether fake tensors were enough
@@ -42,7 +43,7 @@ class Run:
 def couple(model: nn.Module, run: Run) -> Graph:
     """The graph of a traced network."""
     parameters = run.parameters
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, {visit.path: visit.streams for visit in run.flow.visits})
     found, frozen = _leaves(model, {**parameters, **run.buffers})
     found = {atom: leaf for atom, leaf in found.items() if any(member.parameter in parameters for member in leaf.members)}
     offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks)}
@@ -52,23 +53,27 @@ def couple(model: nn.Module, run: Run) -> Graph:
         if leaf.reason
         for member in leaf.members
     ]
-    depth = _depth(model, blocks, run.streams, parameters)
-    owners = {group.layer: group.name for group in depth}
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_modules()}
+    sublayers = find_sublayers(run.flow, blocks, sizes)
+    depth = _depth(model, blocks, run.flow, sublayers, parameters)
+    owners = _owners(depth, sublayers)
 
-    def term(axes: Sequence[Axis], layer: int | None) -> Term:
+    def term(axes: Sequence[Axis], where: str) -> Term:
         atoms = [atom for axis in axes for atom in leaves(axis)]
         powers = {name: sum(atom is root(given) for atom in atoms) for name, given in run.tokens.items()}
         own = [atom for atom in atoms if all(atom is not root(given) for given in run.tokens.values())]
         factors = tuple(_factor((atom,), offered) for atom in own)
-        return Term(factors, owners.get(layer, ""), layer, powers["batch"], powers["tokens"])
+        owning = tuple(owners[path] for path in _around(where) if path in owners)
+        return Term(factors, owning, blocks.layer_of(where), powers["batch"], powers["tokens"])
 
     return Graph(
         groups=(*sorted(offered.values(), key=_order), *depth),
         frozen=tuple(frozen),
         shapes={name: tuple(map(length, axes)) for name, axes in (*parameters.items(), *run.buffers.items())},
         blocks=blocks,
-        parameters={name: term(axes, blocks.layer_of(name)) for name, axes in parameters.items()},
-        contractions=tuple(term(axes, blocks.layer_of(where)) for where, axes in run.contractions),
+        parameters={name: term(axes, name) for name, axes in parameters.items()},
+        contractions=tuple(term(axes, where) for where, axes in run.contractions),
+        sublayers={sublayer.name: sublayer for sublayer in sublayers},
         witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
     )
 
@@ -181,23 +186,47 @@ def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
 
 
 def _depth(
-    model: nn.Module, blocks: Blocks, streams: Mapping[str, bool], parameters: Mapping[str, Sequence[Axis]]
+    model: nn.Module,
+    blocks: Blocks,
+    flow: Flow,
+    sublayers: Sequence[Sublayer],
+    parameters: Mapping[str, Sequence[Axis]],
 ) -> list[Group]:
-    """One group of one unit per block that reads and writes the same stream and shares no parameter."""
-    shared = Counter(id(tensor) for path in range(blocks.count) for tensor in set(_block(model, blocks, path).parameters()))
+    """Groups of one unit: every block that hands on its stream and every sub-layer, if nothing else uses its parameters."""
+    shared = Counter(id(tensor) for paths in blocks.modules for path in paths for tensor in _tensors(model, [path]))
+    streams = {visit.path for visit in flow.visits if visit.streams}
+    single = [(layer, paths[0]) for layer, paths in enumerate(blocks.modules) if len(paths) == 1 and paths[0] in streams]
+    found = [("blocks", path, [path], layer) for layer, path in single]
+    found += [("sublayers", one.name, [silence.path for silence in one.silences], one.layer) for one in sublayers]
     groups = []
-    for layer in range(blocks.count):
-        name = f"{blocks.path}.{layer}"
-        if not streams.get(name) or any(shared[id(t)] > 1 for t in _block(model, blocks, layer).parameters()):
-            continue
-        members = tuple(
-            Member(parameter, 0, torch.arange(length(axes[0]))[None])
-            for parameter, axes in parameters.items()
-            if parameter.startswith(name + ".")
-        )
-        groups.append(Group(name, "blocks", layer, 1, members, least=0))
+    for kind, name, paths, layer in found:
+        if all(shared[id(tensor)] == 1 for tensor in _tensors(model, paths)):
+            inside = tuple(f"{path}." for path in paths)
+            members = tuple(
+                Member(parameter, 0, torch.arange(length(axes[0]))[None])
+                for parameter, axes in parameters.items()
+                if axes and parameter.startswith(inside)
+            )
+            groups.append(Group(name, kind, layer, 1, members, least=0))
     return groups
 
 
-def _block(model: nn.Module, blocks: Blocks, layer: int) -> nn.Module:
-    return model.get_submodule(f"{blocks.path}.{layer}")
+def _tensors(model: nn.Module, paths: Iterable[str]) -> set[nn.Parameter]:
+    return {tensor for path in paths for tensor in model.get_submodule(path).parameters()}
+
+
+def _owners(depth: Iterable[Group], sublayers: Iterable[Sublayer]) -> dict[str, str]:
+    """The group that a module disappears with."""
+    silences = {sublayer.name: sublayer.silences for sublayer in sublayers}
+    owners = {}
+    for group in depth:
+        paths = [group.name] if group.kind == "blocks" else [silence.path for silence in silences[group.name]]
+        owners.update(dict.fromkeys(paths, group.name))
+    return owners
+
+
+def _around(where: str) -> Iterator[str]:
+    """The paths of a name and of everything around it."""
+    while where:
+        yield where
+        where = where.rpartition(".")[0]

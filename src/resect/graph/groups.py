@@ -12,8 +12,11 @@ from torch import Tensor
 from resect.errors import UsageError, nearest
 from resect.graph.atoms import Atom, Axis, Contest, kept_length
 from resect.graph.blocks import Blocks
+from resect.graph.depth import Sublayer
 
-KINDS = ("heads", "channels", "experts", "residual", "blocks")
+KINDS = ("heads", "channels", "experts", "residual", "sublayers", "blocks")
+DEPTH = ("sublayers", "blocks")
+"""Kinds whose units are whole modules; the units of the others are slices of parameters."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,14 @@ class Term:
     """A product of axis lengths: the entries of one parameter, or the multiplications of one contraction."""
 
     factors: tuple[Factor, ...]
-    owner: str = ""  # the block it disappears with
+    owners: tuple[str, ...] = ()  # the sub-layer and the block that it disappears with
     layer: int | None = None
     batch: int = 0  # power of the batch size
     tokens: int = 0  # power of the sequence length
 
     def value(self, removed: Mapping[str, int], *, batch: int = 1, tokens: int = 1) -> int:
         """The product when so many units of each group are removed."""
-        if removed.get(self.owner, 0):
+        if any(removed.get(owner, 0) for owner in self.owners):
             return 0
         return prod((f.left(removed) for f in self.factors), start=batch**self.batch * tokens**self.tokens)
 
@@ -128,10 +131,19 @@ class Graph:
     parameters: Mapping[str, Term]
     contractions: tuple[Term, ...]
     witness: Witness
+    sublayers: Mapping[str, Sublayer] = field(default_factory=dict)
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
+    _inside: dict[str, list[Group]] = field(default_factory=dict, repr=False, compare=False)
+    _homes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._by_name.update({group.name: group for group in self.groups})
+        owners = {member.parameter: group.name for group in self.of_kind("sublayers") for member in group.members}
+        for group in self.groups:
+            homes = {owners.get(member.parameter, "") for member in self.weights(group)}
+            if group.name not in self.sublayers and len(homes) == 1 and (home := homes.pop()):
+                self._homes[group.name] = home
+                self._inside.setdefault(home, []).append(group)
 
     def group(self, name: str) -> Group:
         """The group of a name; an unknown one is a `UsageError` that names the nearest."""
@@ -143,6 +155,20 @@ class Graph:
         """The groups of some kinds, in the order of the network."""
         return [group for group in self.groups if group.kind in kinds]
 
+    def emptied(self, removed: Mapping[str, int]) -> list[str]:
+        """The sub-layers of which no unit stays, so that they go as a whole."""
+        return [
+            name for name, groups in self._inside.items() if all(removed.get(group.name, 0) == group.units for group in groups)
+        ]
+
+    def home(self, group: Group) -> str:
+        """The sub-layer that holds all parameters of a group, if one does."""
+        return self._homes.get(group.name, "")
+
+    def least(self, group: Group) -> int:
+        """How many units of a group must stay; none of one that is alone in its sub-layer."""
+        return 0 if self._inside.get(self.home(group)) == [group] else group.least
+
     def weights(self, group: Group) -> list[Member]:
         """The members that are parameters; the others are buffers."""
         return [member for member in group.members if member.parameter in self.parameters]
@@ -150,8 +176,13 @@ class Graph:
     def parameter_count(self, removed: Mapping[str, int] | None = None, *, blocks_only: bool = False) -> int:
         """Parameters that stay, tied ones counted once; of the blocks alone if asked."""
         terms = self.parameters.values()
-        return sum(term.value(removed or {}) for term in terms if term.layer is not None or not blocks_only)
+        gone = self._settled(removed)
+        return sum(term.value(gone) for term in terms if term.layer is not None or not blocks_only)
 
     def macs(self, removed: Mapping[str, int] | None = None, *, batch: int = 1, tokens: int = 64) -> int:
         """Multiply-accumulates of one forward pass over `[batch, tokens]`, attention products included."""
-        return sum(term.value(removed or {}, batch=batch, tokens=tokens) for term in self.contractions)
+        gone = self._settled(removed)
+        return sum(term.value(gone, batch=batch, tokens=tokens) for term in self.contractions)
+
+    def _settled(self, removed: Mapping[str, int] | None) -> Mapping[str, int]:
+        return {**removed, **dict.fromkeys(self.emptied(removed), 1)} if removed else {}

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh, leaves
-from resect.graph.blocks import find_blocks
+from resect.graph.atoms import Atom, Axis, freeze, fresh
 from resect.graph.couple import Run, couple
+from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Graph, Operation, Witness
 
 EXAMPLE_SHAPE = (2, 7)
@@ -51,7 +51,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
 
 
 def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
-    recorder = Recorder({id(module): name for name, module in model.named_modules()}, find_blocks(model).path)
+    recorder = Recorder({id(module): name for name, module in model.named_modules()})
     mode = _fake_mode() if fake else None
     with mode or nullcontext(), torch.no_grad():
         state = {name: _fake(tensor) if fake else _real(tensor) for name, tensor in _state(model)}
@@ -83,7 +83,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         buffers,
         recorder.operations,
         recorder.contractions,
-        recorder.streams,
+        recorder.flow,
         recorder.tokens,
         (args, kwargs),
         fake,
@@ -133,7 +133,7 @@ class Watcher(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follows the running module while the context lasts; `where` stays at the module that raised."""
-        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, with_kwargs=True)]
         try:
             yield
         finally:
@@ -142,6 +142,9 @@ class Watcher(TorchDispatchMode):
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Called with every operator and the tensors it put out."""
+
+    def entered(self, path: str) -> None:
+        """Called when a module begins."""
 
     def left(self, path: str, inputs: Any, output: Any) -> None:
         """Called when a module is done."""
@@ -162,9 +165,10 @@ class Watcher(TorchDispatchMode):
         self._path.append(self.where)
         for key in [key for key in self.turns if key[0] == self.where]:
             del self.turns[key]
+        self.entered(self.where)
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.left(self._path.pop(), inputs, output)
+    def _leave(self, module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+        self.left(self._path.pop(), (inputs, keywords), output)
         self.where = self._path[-1] if self._path else ""
 
 
@@ -193,16 +197,19 @@ class Replayer(Watcher):
 class Recorder(Watcher):
     """Keeps the axes of every tensor seen while the network runs."""
 
-    def __init__(self, names: Mapping[int, str], blocks: str) -> None:
+    def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__(names)
         self.operations: list[Operation] = []
         self.contractions: list[tuple[str, tuple[Axis, ...]]] = []
         self.used: dict[int, None] = {}
-        self.streams: dict[str, bool] = {}
+        self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
-        self._blocks = blocks
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
+        self._values: dict[int, int] = {}
+        self._written: dict[int, int] = {}
+        self._starts: list[int] = []
+        self._count = 0
 
     def parameter(self, tensor: Tensor) -> rules.Axes:
         """Gives a parameter axes of its own."""
@@ -226,6 +233,7 @@ class Recorder(Watcher):
     def outputs(self, value: Any) -> None:
         """Keeps whole whatever the network puts out."""
         for tensor in _tensors(value):
+            self.flow.results.update(self._values_of(tensor))
             for axis in self.axes_of(tensor):
                 freeze(axis, "an output of the network")
 
@@ -241,23 +249,60 @@ class Recorder(Watcher):
         self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         call.numbers, call.turn = self._numbers, self.turns[self.where, name]
+        contractions = len(self.contractions)
         found = rules.apply(call, func)
+        taken = tuple(value for tensor in _tensors([args, kwargs]) for value in self._values_of(tensor))
         for tensor, axes in zip(outputs, found, strict=True):
             self._axes[id(tensor)] = (tensor, axes)
+            self._values[id(tensor)] = self._new_value()
+            if func._schema.is_mutable:
+                self._written[_memory(tensor)] = self._values[id(tensor)]
+        given = tuple(self._values[id(tensor)] for tensor in outputs)
+        self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
         if name not in UNSEEN:
             self.operations.append(Operation(name, self.where, tuple(map(tuple, found))))
 
-    def left(self, path: str, inputs: Any, output: Any) -> None:
-        """Notes of every block whether it puts out the axes it took in."""
-        if self._blocks and path.rpartition(".")[0] == self._blocks:
-            self.streams[path] = self._same_stream(_tensors(inputs), _tensors(output))
+    def entered(self, path: str) -> None:
+        """Notes where in the flow of data a module begins."""
+        self._starts.append(len(self.flow.steps))
 
-    def _same_stream(self, entering: list[Tensor], leaving: list[Tensor]) -> bool:
-        """Whether what leaves a block lies on the same axes as what entered it."""
-        if not entering or not leaving or entering[0].shape != leaving[0].shape:
-            return False
-        pairs = zip(self.axes_of(entering[0]), self.axes_of(leaving[0]), strict=True)
-        return all(leaves(left) == leaves(right) for left, right in pairs)
+    def left(self, path: str, inputs: Any, output: Any) -> None:
+        """Notes what went into a module and what came out."""
+        entering, leaving = _tensors(inputs), _tensors(output)
+        self.flow.visits.append(
+            Visit(
+                path,
+                taken=tuple(value for tensor in entering for value in self._values_of(tensor)),
+                given=tuple(value for tensor in leaving for value in self._values_of(tensor)),
+                start=self._starts.pop(),
+                stop=len(self.flow.steps),
+                entering=tuple(self.axes_of(entering[0])) if entering else (),
+                leaving=tuple(self.axes_of(leaving[0])) if leaving else (),
+                returns=_returns(output),
+            )
+        )
+
+    def _new_value(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _values_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """The number of a tensor's value, and of the last one written into its memory through another view of it."""
+        value = self._values.setdefault(id(tensor), self._new_value())
+        written = self._written.get(_memory(tensor), value)
+        return (value,) if written == value else (value, written)
+
+
+def _returns(output: Any) -> int:
+    """Items of a tuple that begins with a tensor; 0 for a tensor by itself, -1 for anything else."""
+    if isinstance(output, Tensor):
+        return 0
+    return len(output) if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else -1
+
+
+def _memory(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def _is_text(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ KINDS = {"block-wise": ("heads", "channels"), "channel-wise": ("residual",), "la
 """What each of the paper's modes removes (section 4.1)."""
 
 
-Units = Annotated[int, Field(ge=1)]
+Units = Annotated[int, Field(ge=0)]
 
 
 class LLMPruner(BaseModel):
@@ -33,7 +33,7 @@ class LLMPruner(BaseModel):
     criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random"] = "element2"
     reduction: Literal["sum", "mean", "max", "prod", "last"] = "sum"
     granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
-    kinds: tuple[Literal["heads", "channels", "experts", "residual", "blocks"], ...] | None = None
+    kinds: tuple[Literal["heads", "channels", "experts", "residual", "sublayers", "blocks"], ...] | None = None
     selection: Literal["global", "local"] = "global"
     blocks: dict[Literal["heads", "channels", "experts"], tuple[int, int]] | None = None
     share: float | None = Field(default=None, ge=0, lt=1)

@@ -59,7 +59,7 @@ class Plan(BaseModel):
         """Whether every layer keeps as many units of each kind, and whole blocks aside, none stands out."""
         sizes: dict[str, set[int]] = {}
         for kept in self.groups.values():
-            if kept.kind != "blocks":
+            if kept.kind not in ("sublayers", "blocks"):
                 sizes.setdefault(kept.kind, set()).add(len(kept.keep))
         return all(len(found) == 1 for found in sizes.values())
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from resect.errors import NumericsError, UsageError, nearest
-from resect.graph import KINDS, Graph, Group
+from resect.graph import DEPTH, KINDS, Graph, Group
 from resect.plan.plan import Kept, Plan
 
 OF = ("blocks", "model", "macs")
@@ -75,7 +75,7 @@ def select(
     target = keep * dense
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
-    floors = [first.least and max(first.least, least_by_kind.get(first.kind, 1)) for first, *_ in ladders]
+    floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
     aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
     order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns)
     if spread is not None and selection == "global":
@@ -121,6 +121,11 @@ def cost_of(graph: Graph, of: str, *, tokens: int = 64) -> Cost:
     return lambda removed: graph.parameter_count(removed, blocks_only=of == "blocks")
 
 
+def _floor(graph: Graph, ladder: list[Group], asked: int) -> int:
+    """How many units of each group of a ladder stay: what was asked, if the network can do with so few."""
+    return max(0 if group.kind in DEPTH else max(asked, graph.least(group)) for group in ladder)
+
+
 def _stays(floor: Mapping[str, int]) -> str:
     if len(set(floor.values())) == 1:
         return f"at least {next(iter(floor.values()))} unit"
@@ -141,7 +146,7 @@ def _ladders(graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges 
     for kind in kinds:
         first, last = (ranges or {}).get(kind, (0, graph.blocks.count))
         groups = [g for g in graph.of_kind(kind) if g.layer is None or first <= g.layer < last]
-        if layout == "per-layer" or kind in ("residual", "blocks"):
+        if layout == "per-layer" or kind in ("residual", *DEPTH):
             ladders += [[group] for group in groups]
         elif groups:
             ladders += _uniform(graph, kind, groups)
@@ -202,7 +207,7 @@ def _order(
 
 def _removals(units: int, align: int, floor: int) -> list[int]:
     """How many units each step removes: one at a time, or down to multiples of `align`."""
-    lowest = max(floor, align) if align > 1 else floor
+    lowest = max(floor, align) if floor and align > 1 else floor
     stays = [kept for kept in range(units - 1, lowest - 1, -1) if kept % align == 0]
     return [before - after for before, after in zip([units, *stays], stays, strict=False)]
 

@@ -54,7 +54,7 @@ class Chain:
 
         `probe` [1, few] tokens are sent both ways; the gradients of the first block's input must agree.
         """
-        if not graph.blocks.count:
+        if len(graph.blocks.lists) != 1:
             return None
         blocks = model.get_submodule(graph.blocks.path)
         assert isinstance(blocks, nn.ModuleList)

@@ -53,7 +53,8 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     found = _layer_sizes(model, shapes)
     for path, values in _expert_counts(model, groups).items():
         found.setdefault(path, {}).update(values)
-    search = Search(model, graph, plan.removed(), shapes, groups)
+    removed = {group.name: group.units - count for group, count in groups}
+    search = Search(model, graph, removed, shapes, groups)
     solved = search.solve(found, *search.run(found))
     if solved is None:
         kinds = ", ".join(sorted({group.kind for group, _ in groups}))
@@ -112,6 +113,9 @@ class Search:
                     for role in chosen:
                         trial = _apply(self.model, self.graph.blocks, role, self.groups, trial)
                     further, at = (reached, where) if trial == found else self.run(trial)
+                    if further == inf:
+                        yield [(further, at, trial)]
+                        return
                     if further > reached:
                         better.append((further, at, trial))
                 if better:
@@ -143,9 +147,13 @@ def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attribu
 
 
 def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple[Group, int]]) -> Iterator[Role]:
-    """Attributes of a module, and of its configuration, that count the units of a group that shrinks around it."""
-    layer = blocks.layer_of(f"{where}.")
+    """Attributes of a module, and of its configuration, that count the units of a group that shrinks around it.
+
+    Groups with parameters in the module come first: another one may have as many units by chance.
+    """
+    layer = blocks.layer_of(where)
     near = [group for group, _ in groups if group.layer in (None, layer)] or [group for group, _ in groups]
+    near.sort(key=lambda group: not any(f".{member.parameter}".startswith(f".{where}.") for member in group.members))
     module = model.get_submodule(where)
     beside = []
     for name, value in _integers(module):
@@ -177,7 +185,7 @@ def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Grou
     result = {path: dict(values) for path, values in found.items()}
     kept = {group.layer: (group.units, count) for group, count in groups if _within_block(group, blocks) == role.group}
     for path, module in model.named_modules():
-        counts = kept.get(blocks.layer_of(f"{path}."), kept.get(None))
+        counts = kept.get(blocks.layer_of(path), kept.get(None))
         if module.__class__ is not role.module_type or counts is None:
             continue
         units, count = counts
@@ -187,7 +195,7 @@ def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Grou
 
 
 def _within_block(group: Group, blocks: Blocks) -> str:
-    return group.name.removeprefix(f"{blocks.path}.{group.layer}.")
+    return blocks.within(group.name)
 
 
 @contextmanager

@@ -95,8 +95,7 @@ def _rounding_errors(model: nn.Module, graph: Graph, seed: int) -> Iterator[None
         hidden = hidden * (1 + noise * torch.finfo(hidden.dtype).eps)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    blocks = model.get_submodule(graph.blocks.path).children() if graph.blocks.count else ()
-    handles = [block.register_forward_hook(disturb) for block in blocks]
+    handles = [model.get_submodule(paths[-1]).register_forward_hook(disturb) for paths in graph.blocks.modules]
     try:
         yield
     finally:

@@ -9,18 +9,22 @@ from pydantic import BaseModel
 from torch import nn
 
 from resect.errors import UsageError
-from resect.graph import Graph, trace
+from resect.graph import Graph, kept_length, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
 from resect.surgery.modeling_resect import resize, set_tensor
-from resect.surgery.positions import kept_positions, removed_blocks, take
+from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 
 
 class Record(BaseModel):
-    """What surgery did, so that it can be replayed on an empty dense model: shapes, attributes, blocks removed."""
+    """What surgery did, so that it can be replayed on an empty dense model.
+
+    Shapes of parameters, attributes of modules, stand-ins for removed sub-layers and what is idle without them, removed blocks.
+    """
 
     shapes: dict[str, list[int]] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    silent: dict[str, dict[str, int]] = {}
     removed: list[str] = []
 
 
@@ -48,14 +52,18 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
 def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     """What cutting will do to the model, without doing it."""
     blocks = removed_blocks(graph, plan)
-    inside = tuple(f"{block}." for block in blocks)
+    silences = [silence for sublayer in removed_sublayers(graph, plan) for silence in sublayer.silences]
+    gone = tuple(f"{path}." for path in (*blocks, *(silence.path for silence in silences)))
     shapes = {
         name: [len(axes[axis]) if axis in axes else size for axis, size in enumerate(graph.shapes[name])]
         for name, axes in kept_positions(graph, plan).items()
     }
     attributes = shape_attributes(model, graph, plan, shapes)
+    units = {group.name: len(keep) for group, keep in changed(graph, plan)}
+    kept = {atom: units.get(name, atom.size) for atom, name in graph.witness.groups.items()}
     return Record(
-        shapes={name: shape for name, shape in shapes.items() if not name.startswith(inside)},
-        attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(inside)},
+        shapes={name: shape for name, shape in shapes.items() if not name.startswith(gone)},
+        attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(gone)},
+        silent={one.path: {"width": kept_length(one.width, kept), "returns": one.returns} for one in silences},
         removed=blocks,
     )

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from resect.errors import ModelError
 from resect.graph import Contest, Graph, Watcher, trace
 from resect.plan import Plan
-from resect.surgery.modeling_resect import set_tensor
-from resect.surgery.positions import changed, kept_positions, missing, removed_blocks
+from resect.surgery.modeling_resect import first_tensor, set_tensor
+from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers
 
 
 def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
@@ -55,8 +55,12 @@ def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
     with torch.no_grad():
         for name, index in _gone(graph, plan):
             parameters[name][index] = 0
-    skipped = [model.get_submodule(path).register_forward_hook(_hand_on) for path in removed_blocks(graph, plan)]
-    return [*narrowed, *_losing(model, graph, plan), *skipped]
+    skipped = [
+        model.get_submodule(path).register_forward_hook(_hand_on, with_kwargs=True) for path in removed_blocks(graph, plan)
+    ]
+    silenced = [one.silences[0].path for one in removed_sublayers(graph, plan)]
+    quiet = [model.get_submodule(path).register_forward_hook(_put_out_zeros) for path in silenced]
+    return [*narrowed, *_losing(model, graph, plan), *skipped, *quiet]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -78,9 +82,15 @@ def _slices(parameter: Tensor, index: Index) -> Tensor:
     return parameter.detach()[index]
 
 
-def _hand_on(block: nn.Module, inputs: Sequence[Any], output: Any) -> Any:
+def _hand_on(block: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any], output: Any) -> Any:
     """A removed block puts out what it took in."""
-    return inputs[0] if isinstance(output, Tensor) else (inputs[0], *output[1:])
+    taken = first_tensor((inputs, keywords))
+    return taken if isinstance(output, Tensor) else (taken, *output[1:])
+
+
+def _put_out_zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A removed sub-layer adds nothing."""
+    return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
 
 
 def _losing(model: nn.Module, graph: Graph, plan: Plan) -> list[RemovableHandle]:

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 Record = Mapping[str, Any]
-"""`{"shapes": {parameter: sizes}, "attributes": {module: {name: value}}, "removed": [block]}`, in dense numbering."""
+"""What was cut, in dense numbering: `{"shapes": {parameter: sizes}, "attributes": {module: {name: value}},
+"silent": {module: {"width": size, "returns": items}}, "removed": [block]}`."""
 
 PREFIX = "Resect"
 # Attributes in which torch and transformers layers repeat the size of an axis of their weight.
@@ -44,6 +45,7 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
     set_attributes(model, record["attributes"])
+    _silence(model, record["silent"])
     _remove(model, record["removed"])
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
@@ -146,15 +148,17 @@ def _model_class(name: str, stock: type[PreTrainedModel]) -> type:
 
 def _localized(model: nn.Module, record: Record) -> Record:
     """The record in the names of `model`: those of a model with a head, or, below the prefix, of the bare one."""
-    shapes, attributes, removed = (record.get(key) or {} for key in ("shapes", "attributes", "removed"))
+    shapes, attributes, silent, removed = (record.get(key) or {} for key in ("shapes", "attributes", "silent", "removed"))
     prefix = getattr(model, "base_model_prefix", "")
     start = prefix + "."
-    if prefix and not hasattr(model, prefix) and any(name.startswith(start) for name in (*shapes, *attributes, *removed)):
+    names = (*shapes, *attributes, *silent, *removed)
+    if prefix and not hasattr(model, prefix) and any(name.startswith(start) for name in names):
         shapes = {name.removeprefix(start): size for name, size in shapes.items() if name.startswith(start)}
         named = {f"{name}." if name else "": values for name, values in attributes.items()}
         attributes = {name[len(start) : -1]: values for name, values in named.items() if name.startswith(start)}
+        silent = {name.removeprefix(start): values for name, values in silent.items() if name.startswith(start)}
         removed = [name.removeprefix(start) for name in removed if name.startswith(start)]
-    return {"shapes": shapes, "attributes": attributes, "removed": removed}
+    return {"shapes": shapes, "attributes": attributes, "silent": silent, "removed": removed}
 
 
 def _with_tied(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
@@ -221,6 +225,59 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
         for name, value in values.items():
             if not name.startswith("config."):
                 setattr(module, name, tuple(value) if isinstance(getattr(module, name, None), tuple) else value)
+
+
+class Silent(nn.Module):
+    """Stands where a sub-layer was and puts out zeros, as wide as what it put out; numbers noted on it stay readable."""
+
+    width: int
+    returns: int
+
+    def __init__(self, module: nn.Module, *, width: int, returns: int) -> None:
+        super().__init__()
+        noted = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
+        vars(self).update(noted, width=width, returns=returns)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros [..., width], in a tuple of as many items as there were."""
+        given = first_tensor((args, kwargs))
+        self._keep_place(given, (*args, *kwargs.values()))
+        zeros = given.new_zeros(*given.shape[:-1], self.width)
+        return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros
+
+    def _keep_place(self, given: torch.Tensor, values: Iterable[Any]) -> None:
+        """Counts the tokens in the attention's slot of a cache: the length of some slot tells the positions of all."""
+        slot = next((getattr(self, name) for name in NUMBERS if type(getattr(self, name, None)) is int), None)
+        caches = [value for value in values if isinstance(value, transformers.Cache)]
+        if slot is None or getattr(self, "is_cross_attention", False):
+            return
+        for cache in caches:
+            layers = getattr(cache, "layers", [])
+            if slot >= len(layers) or hasattr(layers[slot], "get_seq_length"):
+                place = given.new_zeros(given.shape[0], 1, given.shape[1], 1)
+                cache.update(place, place, slot)
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    """The first tensor among the arguments of a call, in the order that they were given."""
+    return next(_tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (found for item in value.values() for found in _tensors(item))
+    elif isinstance(value, list | tuple):
+        yield from (found for item in value for found in _tensors(item))
+
+
+def _silence(model: nn.Module, silent: Mapping[str, Mapping[str, int]]) -> None:
+    """Puts stand-ins where sub-layers were."""
+    for name, values in silent.items():
+        parent, _, leaf = name.rpartition(".")
+        module = _submodule(model, name, name)
+        setattr(_submodule(model, parent, name), leaf, Silent(module, **values).train(module.training))
 
 
 def _remove(model: nn.Module, removed: Sequence[str]) -> None:

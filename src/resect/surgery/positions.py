@@ -8,38 +8,52 @@ import torch
 from torch import Tensor
 
 from resect.errors import UsageError
-from resect.graph import KINDS, Graph, Group
+from resect.graph import DEPTH, KINDS, Graph, Group, Sublayer
 from resect.plan import Plan
 
-SLICED = tuple(kind for kind in KINDS if kind != "blocks")
+SLICED = tuple(kind for kind in KINDS if kind not in DEPTH)
 """Kinds whose units are slices of parameters."""
 
 
-def changed(
-    graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = SLICED
-) -> Iterator[tuple[Group, Tensor]]:
+def changed(graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = SLICED) -> Iterator[tuple[Group, Tensor]]:
     """The groups that lose units, each with the numbers of those that stay: [kept] long.
 
+    A sub-layer of which no unit stays loses none: it goes as a whole (`removed_sublayers`).
     Raises `UsageError` when the plan was made for another network.
     """
+    emptied = graph.emptied(plan.removed())
     for name, kept in plan.groups.items():
         group = graph.group(name)
         if group.units != kept.units:
             raise UsageError(
                 f"The plan is for another network: it counts {kept.units} units in {name}, this network has {group.units}."
             )
-        if kept.removed and len(kept.keep) < group.least:
-            raise UsageError(
-                f"The plan keeps {len(kept.keep)} of the {group.units} {group.kind} in {name}; the network chooses "
-                f"{group.least} of them at a time, so at least as many must stay."
-            )
-        if kept.removed and group.kind in kinds:
-            yield group, torch.tensor(kept.keep, dtype=torch.long)
+        if not kept.removed or group.kind not in kinds or graph.home(group) in emptied:
+            continue
+        if len(kept.keep) < group.least:
+            raise UsageError(f"The plan keeps {len(kept.keep)} of the {group.units} {group.kind} in {name}. {_why(graph, group)}")
+        yield group, torch.tensor(kept.keep, dtype=torch.long)
+
+
+def _why(graph: Graph, group: Group) -> str:
+    if group.least > 1:
+        return f"The network chooses {group.least} of them at a time, so at least as many must stay."
+    home = graph.home(group)
+    rest = f"remove {home}, or keep no unit of anything in it" if home else "it belongs to no sub-layer that could go as a whole"
+    return f"At least one must stay; {rest}."
 
 
 def removed_blocks(graph: Graph, plan: Plan) -> list[str]:
     """Paths of the blocks that a plan removes whole."""
     return [group.name for group, _ in changed(graph, plan, kinds=("blocks",))]
+
+
+def removed_sublayers(graph: Graph, plan: Plan) -> list[Sublayer]:
+    """The sub-layers that a plan removes, by name or by keeping no unit of theirs, outside of removed blocks."""
+    names = [*(group.name for group, _ in changed(graph, plan, kinds=("sublayers",))), *graph.emptied(plan.removed())]
+    layers = {group.layer for group, _ in changed(graph, plan, kinds=("blocks",))}
+    found = [graph.sublayers[name] for name in dict.fromkeys(names)]
+    return [sublayer for sublayer in found if sublayer.layer not in layers]
 
 
 def kept_positions(graph: Graph, plan: Plan) -> dict[str, dict[int, Tensor]]:
