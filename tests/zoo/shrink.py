@@ -104,7 +104,7 @@ def build(model_type: str, *, device: str = "meta") -> PreTrainedModel:
     architecture = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     if not isinstance(config, architecture.config_class):  # a decoder inside a larger model
         parts = (getattr(config, name) for name in config.sub_configs)
-        config = next(part for part in parts if isinstance(part, architecture.config_class))
+        config = next((part for part in parts if isinstance(part, architecture.config_class)), config)
     with torch.device(device):
         model: PreTrainedModel = architecture._from_config(config)
     return model.eval()

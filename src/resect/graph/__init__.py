@@ -3,7 +3,7 @@
 from resect.graph.atoms import Axis, Contest, freeze, join, kept_length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
-from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
+from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Statistic, Term
 from resect.graph.rules import Call, op_rule
 from resect.graph.trace import Watcher, replay, trace
 
@@ -21,6 +21,7 @@ __all__ = [
     "Member",
     "Rivals",
     "Silence",
+    "Statistic",
     "Sublayer",
     "Term",
     "Watcher",

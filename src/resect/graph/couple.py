@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
-from resect.graph.depth import Flow, Sublayer, find_sublayers
-from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
+from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
+from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Statistic, Term, Witness
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Run:
     buffers: Mapping[str, Sequence[Axis]]  # those that belong to the checkpoint
     operations: Sequence[Operation]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
+    statistics: Mapping[str, Sequence[Axis]]  # what the normalisations of each module run over
     flow: Flow
     tokens: Mapping[str, Atom]  # the axes of the example text
     example: tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,7 +45,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
     """The graph of a traced network."""
     parameters = run.parameters
     blocks = find_blocks(model, {visit.path: visit.streams for visit in run.flow.visits})
-    found, frozen = _leaves(model, {**parameters, **run.buffers})
+    found, frozen = _leaves(model, {**parameters, **run.buffers}, run.statistics)
     found = {atom: leaf for atom, leaf in found.items() if any(member.parameter in parameters for member in leaf.members)}
     offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks)}
     frozen += [
@@ -73,9 +74,15 @@ def couple(model: nn.Module, run: Run) -> Graph:
         blocks=blocks,
         parameters={name: term(axes, name) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
+        statistics={path: _statistic(axes[0], offered) for path, axes in run.statistics.items() if length(axes[0]) > 1},
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
         witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
     )
+
+
+def _statistic(axis: Axis, offered: Mapping[Atom, Group]) -> Statistic:
+    places = {offered[atom].name: _index(where, atom.size) for atom, where in coordinates(axis).items() if atom in offered}
+    return Statistic(length(axis), places)
 
 
 def _order(group: Group) -> tuple[int, str]:
@@ -99,7 +106,9 @@ def _under(axis: Sequence[Atom]) -> list[Atom]:
     return list(dict.fromkeys(found))
 
 
-def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]]) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
+def _leaves(
+    model: nn.Module, parameters: Mapping[str, Sequence[Axis]], statistics: Mapping[str, Sequence[Axis]]
+) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
     found: dict[Atom, _Leaf] = {}
     frozen: list[Frozen] = []
     for name, axes in parameters.items():
@@ -113,7 +122,8 @@ def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]]) -> tuple
                 if not atom.reason:
                     leaf = found.setdefault(atom, _Leaf(atom))
                     leaf.members.append(Member(name, place, _index(coordinate, atom.size)))
-                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _homeless(model, atom) or _unruly(atom)
+                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer)
+                    leaf.reason = leaf.reason or _homeless(model, atom, statistics) or _unruly(atom)
                 outer.append((atom, coordinate))
     return found, frozen
 
@@ -137,11 +147,14 @@ def _nested(atom: Atom, coordinate: Tensor, outer: Sequence[tuple[Atom, Tensor]]
     return ""
 
 
-def _homeless(model: nn.Module, atom: Atom) -> str:
-    """A statistic can be narrowed only where it is a module of its own."""
+def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
+    """A statistic can be narrowed only where it is a module of its own, which takes it over one axis."""
     for name in atom.mixed:
         if any(True for _ in model.get_submodule(name if name != "the model" else "").children()):
             return f"a statistic over it is taken inside {name}, which is not a normalisation module"
+        over = [axis for axis in statistics[name] if atom in _under(axis)]
+        if any(leaves(axis) != leaves(over[0]) for axis in over):
+            return f"statistics over different axes are taken inside {name}"
     return ""
 
 
@@ -194,9 +207,8 @@ def _depth(
 ) -> list[Group]:
     """Groups of one unit: every block that hands on its stream and every sub-layer, if nothing else uses its parameters."""
     shared = Counter(id(tensor) for paths in blocks.modules for path in paths for tensor in _tensors(model, [path]))
-    streams = {visit.path for visit in flow.visits if visit.streams}
-    single = [(layer, paths[0]) for layer, paths in enumerate(blocks.modules) if len(paths) == 1 and paths[0] in streams]
-    found = [("blocks", path, [path], layer) for layer, path in single]
+    chain = chained(flow, blocks)
+    found = [("blocks", paths[0], [paths[0]], layer) for layer, paths in enumerate(blocks.modules) if paths[0] in chain]
     found += [("sublayers", one.name, [silence.path for silence in one.silences], one.layer) for one in sublayers]
     groups = []
     for kind, name, paths, layer in found:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from resect.graph.atoms import Axis, leaves, length
 from resect.graph.blocks import Blocks
@@ -96,6 +97,19 @@ class Flow:
                 matters[number] = True
                 live.update(value for value in steps[number].taken if value != silenced)
         return live, matters
+
+
+def chained(flow: Flow, blocks: Blocks) -> set[str]:
+    """The blocks of one module that hand on their stream, in lists whose modules follow one another with nothing between."""
+    visits = {visit.path: visit for visit in flow.visits}
+    single = [paths[0] for paths in blocks.modules if len(paths) == 1 and paths[0] in visits]
+    broken = {
+        path.rpartition(".")[0]
+        for path, other in pairwise(single)
+        if path.rpartition(".")[0] == other.rpartition(".")[0] and visits[path].stop != visits[other].start
+    }
+    handing_on = [path for path in single if visits[path].streams and visits[path].returns >= 0]
+    return {path for path in handing_on if path.rpartition(".")[0] not in broken}
 
 
 def find_sublayers(flow: Flow, blocks: Blocks, sizes: Mapping[str, int]) -> list[Sublayer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from resect.errors import UsageError, nearest
-from resect.graph.atoms import Atom, Axis, Contest, kept_length
+from resect.graph.atoms import Atom, Axis, Contest, kept_length, length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Sublayer
 
@@ -38,6 +38,14 @@ class Rivals:
 
     contest: Contest
     index: Tensor  # [units, width], long
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a normalisation runs over: so many positions, and where the units of each group lie among them."""
+
+    size: int
+    places: Mapping[str, Tensor]  # by group, [units, width], long
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator of the traced run, where it ran, and the axes of what it put out."""
+    """One operator of the traced run, where it ran, the axes of what it put out, and the constants it was given."""
 
     name: str
     where: str
     outputs: tuple[tuple[Axis, ...], ...]
+    constants: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +123,20 @@ class Witness:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     groups: Mapping[Atom, str]
     fake: bool = True  # whether fake tensors were enough
+
+    def fits(self, operation: Operation, found: Sequence[Sequence[int]], kept: Mapping[Atom, int]) -> bool:
+        """Whether an operator puts out what it must when leaf atoms shrink to the given sizes.
+
+        Axes that cannot shrink may be of any length in a network whose sizes depend on the data.
+        """
+        expected = self.shapes(operation, kept)
+        if list(map(len, expected)) != list(map(len, found)):
+            return False
+        return all(
+            size == want or (not self.fake and size != have and want == have)
+            for sizes, wants, axes in zip(found, expected, operation.outputs, strict=True)
+            for size, want, have in zip(sizes, wants, map(length, axes), strict=True)
+        )
 
     def shapes(self, operation: Operation, kept: Mapping[Atom, int]) -> list[tuple[int, ...]]:
         """The shapes that an operator must put out when leaf atoms shrink to the given sizes."""
@@ -131,7 +154,8 @@ class Graph:
     parameters: Mapping[str, Term]
     contractions: tuple[Term, ...]
     witness: Witness
-    sublayers: Mapping[str, Sublayer] = field(default_factory=dict)
+    statistics: Mapping[str, Statistic]  # by the module that takes them
+    sublayers: Mapping[str, Sublayer]
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
     _inside: dict[str, list[Group]] = field(default_factory=dict, repr=False, compare=False)
     _homes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -46,6 +46,7 @@ class Call:
     axes_of: Callable[[Tensor], Axes]
     contractions: list[tuple[str, tuple[Axis, ...]]] = field(default_factory=list)
     numbers: dict[int, Axis] = field(default_factory=dict)
+    statistics: dict[str, list[Axis]] = field(default_factory=dict)
     turn: int = 0  # how many operators of this name its module has run before
 
     @property
@@ -67,6 +68,12 @@ class Call:
     def numbers_of(self, tensor: Any) -> Axis | None:
         """The axis whose positions the values of an integer tensor are, where that is known."""
         return self.numbers.get(id(tensor))
+
+    def mix(self, axis: Axis) -> None:
+        """Notes that the running module takes a statistic over an axis."""
+        where = self.where or "the model"
+        mark(axis, mixed=where)
+        self.statistics.setdefault(where, []).append(axis)
 
     def link(self, left: Axis, right: Axis) -> None:
         """Unites two axes; where they cannot be aligned, both are kept whole."""
@@ -568,7 +575,7 @@ def statistic(call: Call) -> list[Axes]:
     """A statistic over an axis that a cut would take over what stays: noted, not frozen."""
     axes = _input(call)
     place = 2 if call.name in ("aten.linalg_vector_norm", "aten.norm") else 1
-    return _reduce(call, axes, call.arg(place, "dim"), lambda axis: mark(axis, mixed=call.where or "the model"))
+    return _reduce(call, axes, call.arg(place, "dim"), call.mix)
 
 
 @op_rule("aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod")
@@ -647,9 +654,8 @@ def layer_norm(call: Call) -> list[Axes]:
     """Normalisation over the trailing axes, with weight and bias along them."""
     axes = _input(call)
     shape = call.arg(1, "normalized_shape")
-    where = call.where or "the model"
     for axis in axes[-len(shape) :]:
-        mark(axis, mixed=where)
+        call.mix(axis)
     for given in call.args[2:4]:
         if isinstance(given, Tensor):
             for axis, other in zip(axes[-len(shape) :], call.axes_of(given), strict=True):

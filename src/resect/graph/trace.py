@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import inf
 from typing import Any
@@ -25,6 +25,9 @@ from resect.graph.groups import Graph, Operation, Witness
 
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
+
+REAL_SHAPE = (2, 61)
+"""The same for networks that must run on real numbers: enough tokens for every expert of a mixture to get some."""
 
 DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 """What fake tensors raise when the program asks for their values."""
@@ -83,6 +86,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         buffers,
         recorder.operations,
         recorder.contractions,
+        recorder.statistics,
         recorder.flow,
         recorder.tokens,
         (args, kwargs),
@@ -92,27 +96,42 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
 
 
 def replay(
-    model: nn.Module, graph: Graph, removed: Mapping[str, int], shapes: Mapping[str, Sequence[int]]
+    model: nn.Module,
+    graph: Graph,
+    removed: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    prepare: Callable[[nn.Module], Collection[nn.Module]] | None = None,
+    gone: Collection[str] = (),
 ) -> tuple[float, str, str]:
     """How far a cut network agrees with its coupling: operators that agree, then where the first does not, and why.
 
     `shapes` gives the parameters their new sizes. All agree: `(inf, "", "")`. Nothing is computed, no weight is read.
+    `prepare` may change modules for the time being and gives stand-ins, whose operators do not count; `gone` are modules
+    of the dense network whose operators are not expected any more.
     """
     kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
-    replayer = Replayer({id(module): name for name, module in model.named_modules()}, graph.witness, kept)
     fake = graph.witness.fake
     mode = _fake_mode() if fake else None
     blank = _fake if fake else _real
     with mode or nullcontext(), torch.no_grad():
-        state = {name: blank(tensor, shapes.get(name)) for name, tensor in _state(model)}
+        tensors = {id(tensor): blank(tensor, shapes.get(name)) for name, tensor in _state(model)}
     args, kwargs = graph.witness.example
     if mode:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
-    try:
-        with mode or nullcontext(), torch.no_grad(), _silent(), _traceable(model), replayer.watching(), replayer:
-            torch.func.functional_call(model, state, args, kwargs)
-    except Exception as problem:
-        return replayer.reached, replayer.where, str(problem).splitlines()[0]
+    with _traceable(model):
+        try:
+            ignored = set(map(id, prepare(model))) if prepare else set()
+        except Exception as problem:
+            return -1, "", str(problem)
+        names = {id(module): name for name, module in model.named_modules()}
+        replayer = Replayer(names, graph.witness, kept, gone=gone, ignored={names[key] for key in ignored})
+        state = {name: tensors[id(tensor)] for name, tensor in _state(model) if id(tensor) in tensors}
+        try:
+            with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
+                torch.func.functional_call(model, state, args, kwargs)
+        except Exception as problem:
+            return replayer.reached, replayer.where, str(problem).splitlines()[0] if str(problem) else repr(problem)
     return inf, "", ""
 
 
@@ -175,22 +194,36 @@ class Watcher(TorchDispatchMode):
 class Replayer(Watcher):
     """Holds every operator of a cut network against the dense run."""
 
-    def __init__(self, names: Mapping[int, str], witness: Witness, kept: Mapping[Atom, int]) -> None:
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        witness: Witness,
+        kept: Mapping[Atom, int],
+        *,
+        gone: Collection[str] = (),
+        ignored: Collection[str] = (),
+    ) -> None:
         super().__init__(names)
         self.reached = 0
+        inside = tuple(f"{path}." for path in gone)
+        left = (operation for operation in witness.operations if not gone or not f"{operation.where}.".startswith(inside))
+        self._operations = list(left) if gone else witness.operations
         self._witness = witness
         self._kept = kept
+        self._ignored = ignored
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
-        if name in UNSEEN:
+        if name in UNSEEN or self.where in self._ignored:
             return
-        operations = self._witness.operations
-        operation = operations[self.reached] if self.reached < len(operations) else None
-        expected = self._witness.shapes(operation, self._kept) if operation and operation.name == name else None
+        operation = self._operations[self.reached] if self.reached < len(self._operations) else None
+        if operation is None or operation.name != name:
+            raise ModelError(f"{name} runs where {operation.name if operation else 'nothing'} ran before")
         found = [tuple(output.shape) for output in outputs]
-        if expected != found:
-            raise ModelError(f"{name} puts out {found}, the coupling demands {expected}")
+        if not self._witness.fits(operation, found, self._kept):
+            raise ModelError(f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}")
+        if (constants := _constants(args, kwargs, func)) != operation.constants:
+            raise ModelError(f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size")
         self.reached += 1
 
 
@@ -202,6 +235,7 @@ class Recorder(Watcher):
         self.operations: list[Operation] = []
         self.contractions: list[tuple[str, tuple[Axis, ...]]] = []
         self.used: dict[int, None] = {}
+        self.statistics: dict[str, list[Axis]] = {}
         self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
@@ -248,7 +282,7 @@ class Recorder(Watcher):
         """Applies the operator's rule."""
         self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
-        call.numbers, call.turn = self._numbers, self.turns[self.where, name]
+        call.numbers, call.statistics, call.turn = self._numbers, self.statistics, self.turns[self.where, name]
         contractions = len(self.contractions)
         found = rules.apply(call, func)
         taken = tuple(value for tensor in _tensors([args, kwargs]) for value in self._values_of(tensor))
@@ -260,7 +294,7 @@ class Recorder(Watcher):
         given = tuple(self._values[id(tensor)] for tensor in outputs)
         self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
         if name not in UNSEEN:
-            self.operations.append(Operation(name, self.where, tuple(map(tuple, found))))
+            self.operations.append(Operation(name, self.where, tuple(map(tuple, found)), _constants(args, kwargs, func)))
 
     def entered(self, path: str) -> None:
         """Notes where in the flow of data a module begins."""
@@ -297,7 +331,13 @@ def _returns(output: Any) -> int:
     """Items of a tuple that begins with a tensor; 0 for a tensor by itself, -1 for anything else."""
     if isinstance(output, Tensor):
         return 0
-    return len(output) if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else -1
+    return len(output) if type(output) is tuple and output and isinstance(output[0], Tensor) else -1
+
+
+def _constants(args: tuple[Any, ...], kwargs: dict[str, Any], func: Any) -> tuple[float, ...]:
+    """The numbers that an operator computes with: of element-wise ones all, of others those that are no sizes."""
+    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
+    return tuple(value for value in (*args, *kwargs.values()) if type(value) in kinds)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -355,8 +395,9 @@ def _within(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 def _example(given: Any, mode: FakeTensorMode | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if given is None:
-        numbers = torch.arange(EXAMPLE_SHAPE[0] * EXAMPLE_SHAPE[1]).view(EXAMPLE_SHAPE)
-        return (), {"input_ids": numbers if mode is None else torch.zeros_like(numbers), "use_cache": False}
+        shape = REAL_SHAPE if mode is None else EXAMPLE_SHAPE
+        numbers = torch.arange(shape[0] * shape[1]).view(shape) % 31
+        return (), {"input_ids": numbers, "use_cache": False}
     fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given) if mode else given
     if isinstance(fake, Mapping):
         return (), dict(fake)
@@ -380,16 +421,18 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the implementations that fake tensors can run; everything as it was afterwards."""
     parts = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    switched = [(config, config.__dict__[EXPERTS]) for config in found.values() if EXPERTS in getattr(config, "__dict__", ())]
+    before = [(config, dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
     model.eval()
-    for config, _ in switched:
-        config.__dict__[EXPERTS] = "batched_mm"
+    for config, fields in before:
+        if EXPERTS in fields:
+            vars(config)[EXPERTS] = "batched_mm"
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for config, before in switched:
-            config.__dict__[EXPERTS] = before
+        for config, fields in before:
+            vars(config).clear()
+            vars(config).update(fields)
         for module, values, children in parts:  # some networks note on themselves that they have run
             vars(module).clear()
             vars(module).update(values)

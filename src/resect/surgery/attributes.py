@@ -51,11 +51,16 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     lost = list(changed(graph, plan))
     groups = [(group, len(keep)) for group, keep in lost]
     found = _layer_sizes(model, shapes)
+    for path, values in _normalised_shapes(model, graph, {group.name: count for group, count in groups}).items():
+        found.setdefault(path, {}).update(values)
     for path, values in _expert_counts(model, groups).items():
         found.setdefault(path, {}).update(values)
     removed = {group.name: group.units - count for group, count in groups}
     search = Search(model, graph, removed, shapes, groups)
-    solved = search.solve(found, *search.run(found))
+    reached, where = search.run(found)
+    if reached < inf and replay(model, graph, {}, {})[0] < inf:
+        raise ModelError(f"{type(model).__name__} changed itself when it ran; trace it again.")
+    solved = search.solve(found, reached, where)
     if solved is None:
         kinds = ", ".join(sorted({group.kind for group, _ in groups}))
         raise ModelError(
@@ -129,6 +134,17 @@ def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attribute
         name = f"{path}.weight"
         if name in shapes and (values := followers(module, module.weight.shape, shapes[name])):
             found[path] = values
+    return found
+
+
+def _normalised_shapes(model: nn.Module, graph: Graph, kept: Mapping[str, int]) -> Attributes:
+    """The shape that a normalisation without weights insists on."""
+    found: Attributes = {}
+    for path, statistic in graph.statistics.items():
+        module = model.get_submodule(path)
+        lost = sum((len(place) - kept[name]) * place.shape[1] for name, place in statistic.places.items() if name in kept)
+        if lost and tuple(getattr(module, "normalized_shape", ())) == (statistic.size,) and not list(module.parameters()):
+            found[path] = {"normalized_shape": [statistic.size - lost]}
     return found
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import nn
 
-from resect.errors import UsageError
-from resect.graph import Graph, kept_length, trace
+from resect.errors import ModelError, UsageError
+from resect.graph import Graph, kept_length, replay, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
-from resect.surgery.modeling_resect import resize, set_tensor
+from resect.surgery.modeling_resect import Silent, remove, resize, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 
 
@@ -50,7 +52,16 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
 
 
 def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
-    """What cutting will do to the model, without doing it."""
+    """What cutting will do to the model, without doing it. A network that changed itself since it was traced is traced again."""
+    try:
+        return _record(model, plan, graph)
+    except ModelError:
+        if replay(model, graph, {}, {})[0] == inf:
+            raise
+    return _record(model, plan, trace(model))
+
+
+def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     blocks = removed_blocks(graph, plan)
     silences = [silence for sublayer in removed_sublayers(graph, plan) for silence in sublayer.silences]
     gone = tuple(f"{path}." for path in (*blocks, *(silence.path for silence in silences)))
@@ -61,9 +72,29 @@ def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     attributes = shape_attributes(model, graph, plan, shapes)
     units = {group.name: len(keep) for group, keep in changed(graph, plan)}
     kept = {atom: units.get(name, atom.size) for atom, name in graph.witness.groups.items()}
-    return Record(
+    record = Record(
         shapes={name: shape for name, shape in shapes.items() if not name.startswith(gone)},
         attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(gone)},
         silent={one.path: {"width": kept_length(one.width, kept), "returns": one.returns} for one in silences},
         removed=blocks,
     )
+    if gone:
+        _try(model, graph, record, {group.name: group.units - len(keep) for group, keep in changed(graph, plan)})
+    return record
+
+
+def _try(model: nn.Module, graph: Graph, record: Record, removed: Mapping[str, int]) -> None:
+    """Runs the network on fake tensors without its removed blocks and sub-layers; what is left must run as it did."""
+
+    def prepare(model: nn.Module) -> list[nn.Module]:
+        set_attributes(model, record.attributes)
+        remove(model, record.silent, record.removed)
+        return [module for module in model.modules() if isinstance(module, Silent)]
+
+    gone = [*record.silent, *record.removed]
+    reached, where, problem = replay(model, graph, removed, record.shapes, prepare=prepare, gone=gone)
+    if reached < inf:
+        raise ModelError(
+            f"{type(model).__name__} cannot do without {', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}: its code in "
+            f"{where or 'the model'} does not run as before ({problem}). Leave out blocks and sublayers of this model."
+        )

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from resect.errors import ModelError
 from resect.graph import Contest, Graph, Watcher, trace
 from resect.plan import Plan
 from resect.surgery.modeling_resect import first_tensor, set_tensor
-from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers
+from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers, take
 
 
 def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
@@ -50,7 +49,7 @@ def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
     parameters = tensors(model)
     narrowed = [
         _narrow(model.get_submodule(path), path, graph, plan)
-        for path in dict.fromkeys(path for name, kept in plan.groups.items() if kept.removed for path in graph.group(name).mixed)
+        for path in dict.fromkeys(path for group, _ in changed(graph, plan) for path in group.mixed)
     ]
     with torch.no_grad():
         for name, index in _gone(graph, plan):
@@ -138,20 +137,20 @@ class Losing(Watcher):
 
 def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
     """Makes a normalisation compute over the positions that stay, and put zeros elsewhere."""
-    positions = {
-        name.removeprefix(f"{path}."): axes[0]
-        for name, axes in kept_positions(graph, plan).items()
-        if name.startswith(f"{path}.")
-    }
-    if not positions:
-        raise ModelError(f"{path} normalises over removed units but has no weight that says where they are; keep them whole.")
-    keep = next(iter(positions.values()))
+    statistic = graph.statistics[path]
+    gone = torch.zeros(statistic.size, dtype=torch.bool)
+    for group, stays in changed(graph, plan):
+        if group.name in statistic.places:
+            gone[statistic.places[group.name][missing(group.units, stays)].flatten()] = True
+    keep = (~gone).nonzero().flatten()
     small = copy.deepcopy(module)
     for name, value in vars(module).items():  # some norms note their width, and insist on it
-        if type(value) is int and any(value == graph.shapes[f"{path}.{weight}"][0] for weight in positions):
-            setattr(small, name, len(keep))
-    for name, index in positions.items():
-        set_tensor(small, name, small.get_parameter(name).detach()[index.to(small.get_parameter(name).device)])
+        if value in (statistic.size, (statistic.size,)) and type(value) in (int, tuple):
+            setattr(small, name, len(keep) if type(value) is int else (len(keep),))
+    for name, axes in kept_positions(graph, plan).items():
+        if name.startswith(f"{path}."):
+            weight = name.removeprefix(f"{path}.")
+            set_tensor(small, weight, take(small.get_parameter(weight).detach(), axes))
 
     def narrow(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
         index, width = keep.to(output.device), output.shape[-1]

@@ -45,8 +45,7 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
     set_attributes(model, record["attributes"])
-    _silence(model, record["silent"])
-    _remove(model, record["removed"])
+    remove(model, record["silent"], record["removed"])
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     return model
@@ -228,7 +227,10 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
 
 
 class Silent(nn.Module):
-    """Stands where a sub-layer was and puts out zeros, as wide as what it put out; numbers noted on it stay readable."""
+    """Stands where a sub-layer was and puts out zeros, as wide as what it put out.
+
+    Others may read the numbers that were noted on it, and the dtype of its weights, so those stay.
+    """
 
     width: int
     returns: int
@@ -237,6 +239,8 @@ class Silent(nn.Module):
         super().__init__()
         noted = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
         vars(self).update(noted, width=width, returns=returns)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_buffer(name, parameter.new_empty(0), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros [..., width], in a tuple of as many items as there were."""
@@ -272,12 +276,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from (found for item in value for found in _tensors(item))
 
 
-def _silence(model: nn.Module, silent: Mapping[str, Mapping[str, int]]) -> None:
-    """Puts stand-ins where sub-layers were."""
+def remove(model: nn.Module, silent: Mapping[str, Mapping[str, int]], removed: Sequence[str]) -> None:
+    """Puts stand-ins where sub-layers were, and takes blocks out."""
     for name, values in silent.items():
         parent, _, leaf = name.rpartition(".")
         module = _submodule(model, name, name)
         setattr(_submodule(model, parent, name), leaf, Silent(module, **values).train(module.training))
+    _remove(model, removed)
 
 
 def _remove(model: nn.Module, removed: Sequence[str]) -> None:
