@@ -56,7 +56,7 @@ def run(model_type: str, seed: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The page."""
-    kinds = ("heads", "channels", "experts", "residual", "blocks")
+    kinds = ("heads", "channels", "experts", "residual", "blocks", "vocabulary")
     traced = [row for row in rows if row.get("groups")]
     both = [row for row in traced if row["groups"].get("heads") and row["groups"].get("channels")]
     facts = [

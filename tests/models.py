@@ -299,6 +299,7 @@ def random_plan(graph: Graph, seed: int, *, uniform: bool, kinds: Iterable[str])
         else:
             removed = _draw(0, highest, generator)
         keep = _draw_units(group.units, group.units - removed, generator)
+        keep = tuple(sorted({*keep, *group.named}))
         groups[group.name] = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=keep)
     for kind in ("sublayers", "blocks"):  # of one unit each
         whole = [group for group in graph.groups if group.kind == kind and kind in wanted]

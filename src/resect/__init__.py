@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resect.calibration import calibrate
-    from resect.checkpoint import load, load_tokenizer, save, skeleton
+    from resect.checkpoint import cut_tokenizer, load, load_tokenizer, needed_tokens, save, skeleton
     from resect.graph import Graph, trace
-    from resect.methods import Result, prune
+    from resect.methods import Result, Vocabulary, prune, vocabulary_plan
     from resect.plan import Plan
     from resect.surgery import cut, mask, masked
 
@@ -17,23 +17,27 @@ __all__ = [
     "Graph",
     "Plan",
     "Result",
+    "Vocabulary",
     "calibrate",
     "cut",
+    "cut_tokenizer",
     "load",
     "load_tokenizer",
     "mask",
     "masked",
+    "needed_tokens",
     "prune",
     "save",
     "skeleton",
     "trace",
+    "vocabulary_plan",
 ]
 
 _ROOMS = {
     "calibrate": "calibration",
-    **dict.fromkeys(("load", "load_tokenizer", "save", "skeleton"), "checkpoint"),
+    **dict.fromkeys(("cut_tokenizer", "load", "load_tokenizer", "needed_tokens", "save", "skeleton"), "checkpoint"),
     **dict.fromkeys(("Graph", "trace"), "graph"),
-    **dict.fromkeys(("Result", "prune"), "methods"),
+    **dict.fromkeys(("Result", "Vocabulary", "prune", "vocabulary_plan"), "methods"),
     "Plan": "plan",
     **dict.fromkeys(("cut", "mask", "masked"), "surgery"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import resect.recipe.runs
@@ -52,7 +54,8 @@ def damaged(dense: Path, folder: Path, *, leave: str = "") -> Path:
 def test_inspect(resect_: Command, dense: Path) -> None:
     result = resect_("inspect", dense)
     assert result.exit_code == 0, result.stderr
-    assert "heads      0-2" in result.stdout
+    assert re.search(r"heads +0-2 ", result.stdout)
+    assert re.search(r"vocabulary +all +1 +101 ", result.stdout)
     assert "rotary" in result.stdout
     assert "heads + channels" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
@@ -63,7 +66,8 @@ def test_inspect_reads_no_weights(resect_: Command, dense: Path, tmp_path: Path)
     (hollow / "model.safetensors").write_bytes(b"not a tensor in here")
     found = json.loads(resect_("inspect", hollow, "--json").stdout)
     assert (found["kind"], found["schema_version"], found["blocks"]) == ("inspection", 1, 3)
-    assert {row["kind"] for row in found["units"]} == {"heads", "channels", "residual", "blocks"}
+    kinds = {"heads", "channels", "residual", "sublayers", "blocks", "vocabulary"}
+    assert {row["kind"] for row in found["units"]} == kinds
 
 
 def test_prune_writes_a_run(resect_: Command, dense: Path, flags: list[object], tmp_path: Path) -> None:
@@ -283,3 +287,60 @@ def test_help_names_every_flag(command: str, resect_: Command) -> None:
 
 def test_version(resect_: Command) -> None:
     assert resect_("--version").stdout.startswith("resect ")
+
+
+def test_prune_cuts_the_vocabulary_alone(resect_: Command, dense: Path, text: Path, tmp_path: Path) -> None:
+    result = resect_(
+        "prune", dense, "-o", tmp_path / "out", "--keep", 1, "--vocabulary", text, "--set", "vocabulary.align=1",
+        "--set", f"evaluation.texts={text}", "--set", "evaluation.windows=[16]",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert "44 of 101 rows of the vocabulary kept, all else whole" in said
+    assert "Vocabulary: 44 of 101 rows stay, 57 went" in said
+    assert "river.txt: 0 of" in said
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == len(tokenizer) == 44
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["vocabulary"]["texts"] == [{"text": "river.txt", "tokens": 3104, "missing": 0, "pruned_tokens": 3104}]
+    before, after = (model["perplexities"][0]["tokens"] for model in report["models"])
+    assert before == after
+
+
+def test_prune_cuts_the_vocabulary_with_the_rest(
+    resect_: Command, dense: Path, text: Path, flags: list[object], tmp_path: Path
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("The river ran low that summer.")
+    evaluation = ["--set", f"evaluation.texts={text}", "--set", "evaluation.windows=16"]
+    asked = ["--vocabulary", few, "--set", "vocabulary.align=8", *evaluation]
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--keep", 0.7, *flags, *asked, "--json")
+    report = json.loads(result.stdout)
+    assert report["vocabulary"]["kept"] == 24
+    (respelled,) = report["vocabulary"]["texts"]
+    assert respelled["missing"] > 0
+    removed = Plan.from_json((tmp_path / "out" / "plan.json").read_text()).removed()
+    assert removed["vocabulary"] == 77
+    assert any("channels" in name for name in removed)
+    assert resect_("run", tmp_path / "out" / "recipe.yaml", "-o", tmp_path / "again", "--dry-run").exit_code == 0
+    plans = [(tmp_path / name / "plan.json").read_text() for name in ("out", "again")]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--vocabulary", "no-such-file.txt"], 1, "no-such-file.txt"),
+        (["--set", "vocabulary.keep=0.5"], 2, "vocabulary.source is missing"),
+        (["--vocabulary", "TEXT", "--set", "vocabulary.keep=3", "--set", "vocabulary.align=1"], 2, "4 are needed"),
+        (["--vocabulary", "TEXT", "--set", "vocabulary.aligned=3"], 2, "align"),
+    ],
+)
+def test_vocabularies_that_cannot_be_cut(
+    resect_: Command, dense: Path, text: Path, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    given = [str(text) if word == "TEXT" else word for word in words]
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--keep", 1, *given)
+    assert result.exit_code == code, result.stderr
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import resect
 from resect.graph import Graph
+from resect.surgery import kept_tokens
 from tests.models import random_plan
 from tests.zoo.shrink import build
 
@@ -101,9 +102,12 @@ def difference(model: nn.Module, graph: Graph, kind: str, seed: int) -> float:
     plans = (random_plan(graph, number, uniform=False, kinds=[kind]) for number in range(seed, seed + 50))
     plan = next(plan for plan in plans if plan.removed())
     tokens = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(seed))
+    keep = kept_tokens(graph, plan)
+    new = tokens if keep is None else tokens % len(keep)
+    tokens = tokens if keep is None else keep[new]
     with resect.masked(model, plan, graph):
-        expected = logits(model, tokens)
-    found = logits(resect.cut(copy.deepcopy(model), plan, graph), tokens)
+        expected = logits(model, tokens) if keep is None else logits(model, tokens)[..., keep]
+    found = logits(resect.cut(copy.deepcopy(model), plan, graph), new)
     spread = expected.double().std().clamp_min(1e-30)
     return float((found.double() - expected.double()).abs().max() / spread)
 

@@ -6,16 +6,17 @@ import pytest
 
 from tests.zoo.examine import TOLERANCE, examine
 
+DENSE = {"heads", "channels", "residual", "sublayers", "blocks", "vocabulary"}
 OFFERED = {
-    "mixtral": {"heads", "channels", "experts", "residual", "blocks"},
-    "qwen3_moe": {"heads", "channels", "experts", "residual", "blocks"},
-    "gpt_oss": {"heads", "channels", "experts", "residual", "blocks"},
-    "deepseek_v3": {"heads", "channels", "experts", "residual", "blocks"},  # latent attention, shared experts, a correction
-    "afmoe": {"heads", "channels", "experts", "residual", "blocks"},
-    "mamba": {"channels", "residual", "blocks"},
-    "llama4_text": {"heads", "channels", "residual", "blocks"},  # a base_model_prefix that is no attribute
-    "bert": {"heads", "channels", "residual", "blocks"},  # norms after the sum
-    "bart": {"heads", "channels", "residual", "blocks"},  # cross-attention is there and not used
+    "mixtral": DENSE | {"experts"},
+    "qwen3_moe": DENSE | {"experts"},
+    "gpt_oss": DENSE | {"experts"},
+    "deepseek_v3": DENSE | {"experts"},  # latent attention, shared experts, a correction
+    "afmoe": DENSE | {"experts"},
+    "mamba": DENSE - {"heads"},
+    "llama4_text": DENSE,  # a base_model_prefix that is no attribute
+    "bert": DENSE,  # norms after the sum
+    "bart": DENSE,  # cross-attention is there and not used
 }
 
 

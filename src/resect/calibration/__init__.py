@@ -8,9 +8,19 @@ The only room beside `statistics` that ever calls a model, and only for the sour
 from __future__ import annotations
 
 from resect.calibration.batches import Calibration, calibrate
-from resect.calibration.heldout import evaluation_tokens, wikitext_rows
+from resect.calibration.heldout import evaluation_text, evaluation_tokens, wikitext_rows
 from resect.calibration.hub import HUB, HubSet
 from resect.calibration.sources import read_texts
 from resect.calibration.windows import digest
 
-__all__ = ["HUB", "Calibration", "HubSet", "calibrate", "digest", "evaluation_tokens", "read_texts", "wikitext_rows"]
+__all__ = [
+    "HUB",
+    "Calibration",
+    "HubSet",
+    "calibrate",
+    "digest",
+    "evaluation_text",
+    "evaluation_tokens",
+    "read_texts",
+    "wikitext_rows",
+]

@@ -24,11 +24,15 @@ def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, limit:
     """
     if limit is not None and limit < 2:
         raise UsageError(f"Evaluation was limited to {limit} tokens; perplexity needs at least 2.")
-    text = read_corpus(source, split="test").whole()
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = tokenizer(evaluation_text(source), add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < 2:
         raise DataError(f"{source!r} gives {len(tokens)} tokens to evaluate on, 2 are needed. Give a longer text.")
     return torch.tensor(tokens[:limit], dtype=torch.long)
+
+
+def evaluation_text(source: str) -> str:
+    """The whole of a held-out text, as `evaluation_tokens` reads it."""
+    return read_corpus(source, split="test").whole()
 
 
 def wikitext_rows(text: str) -> str:

@@ -5,6 +5,7 @@ from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, ske
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import Saved, save
 from resect.checkpoint.stock import Stock, expressible_kinds, find_stock
+from resect.checkpoint.tokenizer import cut_tokenizer, needed_tokens
 from resect.checkpoint.verify import verify
 from resect.surgery.modeling_resect import resize
 
@@ -15,10 +16,12 @@ __all__ = [
     "check_directory",
     "check_finite",
     "compose",
+    "cut_tokenizer",
     "expressible_kinds",
     "find_stock",
     "load",
     "load_tokenizer",
+    "needed_tokens",
     "record_of",
     "resize",
     "save",

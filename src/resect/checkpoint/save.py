@@ -19,7 +19,7 @@ from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
-from resect.errors import CheckpointError
+from resect.errors import CheckpointError, UsageError
 from resect.evaluation import evaluating
 from resect.surgery import modeling_resect
 from resect.surgery.modeling_resect import removed_blocks, shorten
@@ -72,6 +72,7 @@ def save(
     """
     target = check_directory(directory, overwrite=overwrite)
     record = record_of(model)
+    _check_tokenizer(model, tokenizer, record)
     written, saved = _loadable(model, record, target)
     files = {"resect.json": _describe(saved, record), "README.md": card(saved, has_tokenizer=tokenizer is not None)}
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
@@ -84,6 +85,20 @@ def save(
         for name, text in files.items():
             _write(partial, name, text)
     return saved
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
+    """Refuses, beside a model whose embedding was cut, a tokenizer that names rows which it has not."""
+    table: Any = getattr(model.get_input_embeddings(), "weight", None)
+    names = [name for name, parameter in model.named_parameters() if parameter is table]
+    if tokenizer is None or not any(name in record["shapes"] for name in names):
+        return
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(table):
+        raise UsageError(
+            f"The tokenizer numbers its tokens up to {highest}; {len(table)} rows of the vocabulary are left. "
+            "Save the tokenizer that resect.cut_tokenizer(tokenizer, keep) makes."
+        )
 
 
 def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[PreTrainedModel, Saved]:

@@ -186,7 +186,7 @@ class _Search:
         return [(name, size) for name in names for size in sorted(sizes)]
 
     def _fields(self) -> list[tuple[str, Any]]:
-        return [(n, v) for n, v in self.family.config.to_dict().items() if "token_id" not in n and n != "vocab_size"]
+        return [(n, v) for n, v in self.family.config.to_dict().items() if "token_id" not in n]
 
     def _takes_int(self, name: str) -> bool:
         return any(f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config))

@@ -79,6 +79,13 @@ def prune(
         str | None, typer.Option(help="uniform (same sizes in every layer, loads anywhere) or per-layer. Default: uniform.")
     ] = None,
     align: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this. Default: 1.")] = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text whose tokens stay, repeatable: other tokens go, out of embedding, head and tokenizer. Default: all stay.",
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="For text and for random choices. Default: 42.")] = None,
@@ -101,6 +108,7 @@ def prune(
         "calibration.source": data or None,
         "calibration.samples": samples,
         "calibration.length": length,
+        "vocabulary.source": vocabulary or None,
         "seed": seed,
         "device": device,
         "dtype": dtype,

@@ -6,10 +6,13 @@ from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Statistic, Term
 from resect.graph.rules import Call, op_rule
 from resect.graph.trace import Watcher, replay, trace
+from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
 
 __all__ = [
     "DEPTH",
     "KINDS",
+    "TOKEN_FIELD",
+    "VOCABULARY",
     "Axis",
     "Blocks",
     "Call",

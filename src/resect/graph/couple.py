@@ -15,6 +15,7 @@ from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, len
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
 from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Statistic, Term, Witness
+from resect.graph.vocabulary import VOCABULARY, named_tokens
 
 
 @dataclass
@@ -47,7 +48,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
     blocks = find_blocks(model, {visit.path: visit.streams for visit in run.flow.visits})
     found, frozen = _leaves(model, {**parameters, **run.buffers}, run.statistics)
     found = {atom: leaf for atom, leaf in found.items() if any(member.parameter in parameters for member in leaf.members)}
-    offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks)}
+    offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks, model)}
     frozen += [
         Frozen(member.parameter, member.axis, leaf.atom.size, leaf.reason)
         for leaf in found.values()
@@ -77,7 +78,12 @@ def couple(model: nn.Module, run: Run) -> Graph:
         statistics={path: _statistic(axes[0], offered) for path, axes in run.statistics.items() if length(axes[0]) > 1},
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
         witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
+        tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
+
+
+def _looked_up(axis: Axis) -> bool:
+    return any(VOCABULARY in leaf.marks for leaf in _under(axis))
 
 
 def _statistic(axis: Axis, offered: Mapping[Atom, Group]) -> Statistic:
@@ -161,12 +167,16 @@ def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Ax
 def _unruly(atom: Atom) -> str:
     """Positions that compete can be cut where the winners are looked up by number: then the losers are never asked."""
     for contest in atom.contests:
-        if "chosen" not in atom.marks or contest.size != atom.size:
+        if "chosen" not in atom.marks or contest.size != atom.size or VOCABULARY in atom.marks:
             return f"positions see each other at {contest.operator} in {contest.module or 'the model'}"
+    if VOCABULARY in atom.marks and atom.mixed:
+        return f"rows of the vocabulary, over which {next(iter(atom.mixed))} takes a statistic"
+    if VOCABULARY in atom.marks and "summed" in atom.marks:
+        return "rows of the vocabulary, over which a product sums"
     return ""
 
 
-def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
+def _name(found: Iterable[_Leaf], blocks: Blocks, model: nn.Module) -> list[tuple[_Leaf, Group]]:
     """The groups that are offered, with unique names that say where they are."""
     named: list[tuple[_Leaf, Group]] = []
     taken: Counter[str] = Counter()
@@ -176,8 +186,8 @@ def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
         layers = {blocks.layer_of(member.parameter) for member in leaf.members}
         layer = layers.pop() if len(layers) == 1 else None
         kind = _kind(leaf.atom, layer, blocks)
-        if kind == "residual":
-            stem = "residual"
+        if kind in ("residual", VOCABULARY):
+            stem = kind
         else:
             places = [member.parameter.split(".")[:-2] for member in leaf.members]
             stem = ".".join([*commonprefix(places), kind])
@@ -185,12 +195,16 @@ def _name(found: Iterable[_Leaf], blocks: Blocks) -> list[tuple[_Leaf, Group]]:
         name = stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
         rivals = tuple(Rivals(contest, torch.arange(leaf.atom.size)[:, None]) for contest in leaf.atom.contests)
         least = leaf.atom.least
-        group = Group(name, kind, layer, leaf.atom.size, tuple(leaf.members), tuple(leaf.atom.mixed), rivals, least)
+        tokens = named_tokens(model) if kind == VOCABULARY else {}
+        within = {token: field for token, field in tokens.items() if 0 <= token < leaf.atom.size}
+        group = Group(name, kind, layer, leaf.atom.size, tuple(leaf.members), tuple(leaf.atom.mixed), rivals, least, within)
         named.append((leaf, group))
     return named
 
 
 def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
+    if VOCABULARY in atom.marks:
+        return VOCABULARY
     if "chosen" in atom.marks and atom.contests:
         return "experts"
     if "attention" in atom.marks and (layer is not None or not blocks.count):

@@ -14,7 +14,7 @@ from resect.graph.atoms import Atom, Axis, Contest, kept_length, length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Sublayer
 
-KINDS = ("heads", "channels", "experts", "residual", "sublayers", "blocks")
+KINDS = ("heads", "channels", "experts", "residual", "sublayers", "blocks", "vocabulary")
 DEPTH = ("sublayers", "blocks")
 """Kinds whose units are whole modules; the units of the others are slices of parameters."""
 
@@ -53,7 +53,8 @@ class Group:
     """Slices that must go together, for one family of units.
 
     ``mixed`` names the normalisations whose statistics run over the units: what stays is normalised by itself.
-    ``rivals`` are the operators in which the units compete, and where they lie there. ``least`` units must stay.
+    ``rivals`` are the operators in which the units compete, and where they lie there. ``least`` units must stay, and those
+    that the model names by number, with the name, are ``named``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Group:
     mixed: tuple[str, ...] = ()
     rivals: tuple[Rivals, ...] = ()
     least: int = 1
+    named: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Graph:
     witness: Witness
     statistics: Mapping[str, Statistic]  # by the module that takes them
     sublayers: Mapping[str, Sublayer]
+    tables: tuple[str, ...] = ()  # parameters in which the numbers of the text are looked up
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
     _inside: dict[str, list[Group]] = field(default_factory=dict, repr=False, compare=False)
     _homes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -29,6 +29,7 @@ from resect.graph.atoms import (
     narrow,
     reshape,
 )
+from resect.graph.vocabulary import SHAPE_ONLY, Vocabulary
 
 Axes = list[Axis]
 """The axes of one tensor, outermost first."""
@@ -47,6 +48,7 @@ class Call:
     contractions: list[tuple[str, tuple[Axis, ...]]] = field(default_factory=list)
     numbers: dict[int, Axis] = field(default_factory=dict)
     statistics: dict[str, list[Axis]] = field(default_factory=dict)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
     turn: int = 0  # how many operators of this name its module has run before
 
     @property
@@ -111,6 +113,7 @@ def op_rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply(call: Call, overload: Any) -> list[Axes]:
     """The axes of a call's outputs, by its rule; without one everything that reaches it is frozen."""
+    _watch_text(call)
     rule = _RULES.get(call.name)
     if rule is None and torch.Tag.pointwise in overload.tags:
         rule = pointwise
@@ -126,6 +129,17 @@ def apply(call: Call, overload: Any) -> list[Axes]:
     for output, found in zip(call.outputs, axes, strict=True):
         assert tuple(output.shape) == tuple(map(length, found)), f"rule of {call.name}: {output.shape} against {found}"
     return axes
+
+
+def _watch_text(call: Call) -> None:
+    """Follows the numbers of the text through views; what else looks at them, look-ups aside, keeps the vocabulary whole."""
+    given = [tensor for tensor in call.tensors() if call.vocabulary.holds(tensor)]
+    if not given or call.name in SHAPE_ONLY:
+        return
+    if call.name in NUMBERED:
+        call.vocabulary.follow(*call.outputs)
+    elif call.name != "aten.embedding" or call.vocabulary.holds(call.args[0]):
+        call.vocabulary.refuse(f"the text's numbers are used at {call.site}")
 
 
 def _freeze_all(call: Call, reason: str) -> list[Axes]:
@@ -345,7 +359,7 @@ def _contract(call: Call, left: Axes, right: Axes) -> Axes:
     """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
     scores = len(left) > 1 and _on_tokens([left[-2]]) and _on_tokens([right[-1]])
     attention = scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]])
-    call.link(left[-1], right[-2])
+    _sum_over(call, left[-1], right[-2])
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
     if attention:
@@ -354,6 +368,12 @@ def _contract(call: Call, left: Axes, right: Axes) -> Axes:
         mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
     call.contractions.append((call.where, (*left, right[-1])))
     return [*left[:-1], right[-1]]
+
+
+def _sum_over(call: Call, left: Axis, right: Axis) -> None:
+    """Two axes that are one and are summed over."""
+    call.link(left, right)
+    mark(left, label="summed")
 
 
 def _on_tokens(axes: Axes) -> bool:
@@ -378,7 +398,7 @@ def biased_matmul(call: Call) -> list[Axes]:
 def matvec(call: Call) -> list[Axes]:
     """Matrix or vector times vector."""
     left, right = call.axes_of(call.args[0]), call.axes_of(call.args[1])
-    call.link(left[-1], right[-1])
+    _sum_over(call, left[-1], right[-1])
     call.contractions.append((call.where, tuple(left)))
     return [left[:-1]]
 
@@ -387,7 +407,7 @@ def matvec(call: Call) -> list[Axes]:
 def linear(call: Call) -> list[Axes]:
     """`x @ weight.T + bias`; weight is [out, in]."""
     left, weight = call.axes_of(call.args[0]), call.axes_of(call.args[1])
-    call.link(left[-1], weight[-1])
+    _sum_over(call, left[-1], weight[-1])
     call.contractions.append((call.where, (*left, weight[0])))
     bias = call.arg(2, "bias")
     if bias is not None:
@@ -407,9 +427,12 @@ def _link_trailing(call: Call, axes: Axes, other: Axes) -> None:
 
 @op_rule("aten.embedding")
 def embedding(call: Call) -> list[Axes]:
-    """Rows of a table, looked up by number: the rows stay, the columns follow."""
+    """Rows of a table, looked up by number: the columns follow, the rows stay where the numbers are not the text's."""
     rows, columns = call.axes_of(call.args[0])
-    freeze(rows, f"rows are looked up by number at {call.site}")
+    if call.vocabulary.holds(call.args[1]):
+        call.vocabulary.look_up(rows, call.site)
+    else:
+        freeze(rows, f"rows are looked up by number at {call.site}")
     return [[*call.axes_of(call.args[1]), columns]]
 
 
@@ -490,12 +513,12 @@ def convolution(call: Call) -> list[Axes]:
     for axis in weight[2:]:
         freeze(axis, f"a window of positions at {call.site}")
     if groups == 1:
-        call.link(axes[1], into)
+        _sum_over(call, axes[1], into)
     elif not transposed:
         outer, inner = factor(axes[1], groups)
         out_outer, _ = factor(out, groups)
         call.link(outer, out_outer)
-        call.link(inner, into)
+        _sum_over(call, inner, into)
     else:
         raise Misaligned("a grouped transposed convolution")
     bias = call.arg(2, "bias")

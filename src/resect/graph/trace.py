@@ -22,6 +22,7 @@ from resect.graph.atoms import Atom, Axis, freeze, fresh
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Graph, Operation, Witness
+from resect.graph.vocabulary import Vocabulary
 
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
@@ -34,6 +35,9 @@ DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException",
 
 EXPERTS = "_experts_implementation_internal"
 """Where transformers keeps which kernel runs a mixture of experts: most look at the data, `batched_mm` does not."""
+
+PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
+"""A method of transformers' models that looks at the text to warn, and computes nothing."""
 
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
@@ -65,6 +69,9 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     buffers = {name: recorder.parameter(state[name]) for name in numbers}
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     recorder.inputs(inputs)
+    recorder.vocabulary.follow(*_text(inputs, kwargs))
+    if not fake:
+        recorder.vocabulary.refuse("the network's code looks at the values of tensors")
     try:
         with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder:
             output = torch.func.functional_call(model, state, args, kwargs)
@@ -238,6 +245,7 @@ class Recorder(Watcher):
         self.statistics: dict[str, list[Axis]] = {}
         self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
+        self.vocabulary = Vocabulary()
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
         self._values: dict[int, int] = {}
@@ -265,10 +273,17 @@ class Recorder(Watcher):
         self.tokens = {"batch": batch, "tokens": tokens}
 
     def outputs(self, value: Any) -> None:
-        """Keeps whole whatever the network puts out."""
-        for tensor in _tensors(value):
-            self.flow.results.update(self._values_of(tensor))
-            for axis in self.axes_of(tensor):
+        """Keeps whole whatever the network puts out, but for the positions of logits that go with rows of the vocabulary."""
+        tensors = _tensors(value)
+        self.flow.results.update(number for tensor in tensors for number in self._values_of(tensor))
+        if any(self.vocabulary.holds(tensor) for tensor in tensors):
+            self.vocabulary.refuse("the network puts the text's numbers out")
+        logits = _logits(value)
+        found = [(tensor, self.axes_of(tensor)) for tensor in tensors]
+        over = next((axes[-1] for tensor, axes in found if tensor is logits and axes), None)
+        free = self.vocabulary.settle(over)
+        for tensor, axes in found:
+            for axis in axes[:-1] if free and tensor is logits else axes:
                 freeze(axis, "an output of the network")
 
     def axes_of(self, tensor: Tensor) -> rules.Axes:
@@ -282,7 +297,8 @@ class Recorder(Watcher):
         """Applies the operator's rule."""
         self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
-        call.numbers, call.statistics, call.turn = self._numbers, self.statistics, self.turns[self.where, name]
+        call.numbers, call.statistics, call.vocabulary = self._numbers, self.statistics, self.vocabulary
+        call.turn = self.turns[self.where, name]
         contractions = len(self.contractions)
         found = rules.apply(call, func)
         taken = tuple(value for tensor in _tensors([args, kwargs]) for value in self._values_of(tensor))
@@ -348,6 +364,23 @@ def _memory(tensor: Tensor) -> int:
 def _is_text(tensor: Tensor) -> bool:
     """Whether a tensor looks like token numbers [batch, tokens]."""
     return tensor.dtype == torch.long and tensor.ndim == 2
+
+
+def _text(inputs: Sequence[Tensor], named: Mapping[str, Any]) -> list[Tensor]:
+    """The input that holds the numbers of the text: the one of that name, or the only one that looks like it."""
+    if isinstance(named.get("input_ids"), Tensor):
+        return [named["input_ids"]]
+    alike = [tensor for tensor in inputs if _is_text(tensor)]
+    return alike if len(alike) == 1 else []
+
+
+def _logits(value: Any) -> Tensor | None:
+    """What a network puts out for every token of a vocabulary: the field of that name, or all that it puts out."""
+    if isinstance(value, Mapping) and isinstance(value.get("logits"), Tensor):
+        logits: Tensor = value["logits"]
+        return logits
+    tensors = _tensors(value)
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -423,6 +456,9 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
     before = [(config, dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
     model.eval()
+    for module, _, _ in parts:
+        if hasattr(module, PADDING_WARNING):
+            vars(module)[PADDING_WARNING] = lambda *args, **kwargs: None
     for config, fields in before:
         if EXPERTS in fields:
             vars(config)[EXPERTS] = "batched_mm"

@@ -2,5 +2,6 @@
 
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.prune import METHODS, Result, method_settings, prune
+from resect.methods.vocabulary import Vocabulary, vocabulary_plan
 
-__all__ = ["METHODS", "LLMPruner", "Result", "method_settings", "prune"]
+__all__ = ["METHODS", "LLMPruner", "Result", "Vocabulary", "method_settings", "prune", "vocabulary_plan"]

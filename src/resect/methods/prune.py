@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate
-from resect.checkpoint import expressible_kinds
+from resect.checkpoint import cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
 from resect.explain import explain
-from resect.graph import Graph, trace
+from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.llm_pruner import LLMPruner
+from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Plan
 from resect.surgery import cut_and_check
 
@@ -35,6 +36,8 @@ class Result:
     report: dict[str, Any]
     scores: dict[str, Tensor] = field(default_factory=dict)
     graph: Graph | None = None
+    tokenizer: Any = None
+    """The one given, without the tokens whose rows went."""
 
 
 def prune(
@@ -51,6 +54,7 @@ def prune(
     length: int = 128,
     seed: int = 42,
     settings: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
     plan_only: bool = False,
 ) -> Result:
     """Prunes a model in place and checks that the cut model computes what the masked one does.
@@ -58,7 +62,9 @@ def prune(
     `keep` is the share of `of` (`blocks`, `model` parameters or `macs`) that stays. `layout="uniform"` gives every layer the
     same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a calibration
     source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
-    `plan_only` stops before the cut. Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
+    `vocabulary` names the text whose tokens stay: other rows of embedding and head go besides what `keep` says, and the result
+    has the tokenizer that fits. `keep=1` then cuts nothing else. `plan_only` stops before the cut.
+    Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     chosen = method_settings(method, settings)
     if layout not in LAYOUTS:
@@ -68,25 +74,40 @@ def prune(
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         graph = trace(model)
-        chosen, withheld = _deployable(chosen, model, graph, layout)
-    tokens, provenance = torch.empty(0, 0, dtype=torch.long), None
-    if chosen.needs_text:
-        with _timed(seconds, "calibration"):
-            tokens, provenance = _tokens(data, tokenizer, model, samples=samples, length=length, seed=seed)
-    with _timed(seconds, "plan"):
-        plan, scores = chosen.plan(model, graph, tokens, keep=keep, of=of, layout=layout, align=align, seed=seed)
+    trimmed = Plan()
+    if vocabulary is not None:
+        with _timed(seconds, "vocabulary"):
+            trimmed = vocabulary.plan(graph, tokenizer)
+    plan = Plan()
+    scores: dict[str, Tensor] = {}
+    provenance: dict[str, Any] | None = None
+    withheld: dict[str, str] = {}
+    if vocabulary is None or keep < 1 or chosen.share is not None:
+        with _timed(seconds, "trace"):
+            chosen, withheld = _deployable(chosen, model, graph, layout)
+        tokens = torch.empty(0, 0, dtype=torch.long)
+        if chosen.needs_text:
+            with _timed(seconds, "calibration"):
+                tokens, provenance = _tokens(data, tokenizer, model, samples=samples, length=length, seed=seed)
+        with _timed(seconds, "plan"):
+            plan, scores = chosen.plan(model, graph, tokens, keep=keep, of=of, layout=layout, align=align, seed=seed)
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
+    plan &= trimmed
     report = _report(graph, plan) | {
         "method": method,
         "settings": chosen.model_dump(mode="json"),
         "calibration": provenance,
         "withheld": withheld,
+        "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
     }
+    if vocabulary is not None and not plan_only:
+        with _timed(seconds, "tokenizer"):
+            tokenizer = cut_tokenizer(tokenizer, trimmed.groups[VOCABULARY].keep)
     if not plan_only:
         with _timed(seconds, "cut"):
             report["cut_equals_mask"] = cut_and_check(model, plan, graph, seed=seed)
-    return Result(model, plan, report, scores, graph)
+    return Result(model, plan, report, scores, graph, tokenizer)
 
 
 def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> LLMPruner:
@@ -150,4 +171,4 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[stage] = round(time.perf_counter() - start, 3)
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

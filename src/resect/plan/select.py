@@ -76,7 +76,7 @@ def select(
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
-    aligns = [align if ladder[0].kind in ("channels", "residual") else 1 for ladder in ladders]
+    aligns = [align if ladder[0].kind in ("channels", "residual", "vocabulary") else 1 for ladder in ladders]
     order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns)
     if spread is not None and selection == "global":
         even = _take(order(floors=floors, local=True), ladders, cost, target)
@@ -146,7 +146,7 @@ def _ladders(graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges 
     for kind in kinds:
         first, last = (ranges or {}).get(kind, (0, graph.blocks.count))
         groups = [g for g in graph.of_kind(kind) if g.layer is None or first <= g.layer < last]
-        if layout == "per-layer" or kind in ("residual", *DEPTH):
+        if layout == "per-layer" or kind in ("residual", "vocabulary", *DEPTH):
             ladders += [[group] for group in groups]
         elif groups:
             ladders += _uniform(graph, kind, groups)

@@ -3,7 +3,7 @@
 from resect.recipe.measure import evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
 from resect.recipe.runs import RunResult, run
-from resect.recipe.schema import CalibrationSection, EvaluationSection, Recipe, Timing
+from resect.recipe.schema import CalibrationSection, EvaluationSection, Recipe, Timing, VocabularySection
 
 __all__ = [
     "CalibrationSection",
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "RunResult",
     "Timing",
+    "VocabularySection",
     "evaluate",
     "evaluation_section",
     "read_recipe",

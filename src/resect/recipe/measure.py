@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from resect.calibration import digest, evaluation_tokens
+from resect.calibration import digest, evaluation_text, evaluation_tokens
 from resect.checkpoint import load, load_tokenizer
 from resect.checkpoint.load import find
 from resect.errors import DataError, UsageError, nearest
 from resect.evaluation import generations, latencies, parameter_count, perplexity
+from resect.graph import VOCABULARY
+from resect.methods import Result
 from resect.recipe.schema import EvaluationSection, Timing
-from resect.report import EvaluationReport, Measured, TextPerplexity, Timings, machine, versions
+from resect.report import EvaluationReport, Measured, Respelled, TextPerplexity, Timings, machine, versions
 
 Announce = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,6 +102,31 @@ def read_evaluation_texts(asked: EvaluationSection, tokenizer: Any) -> dict[str,
                 "Use a longer text, a smaller window or a higher limit."
             )
     return texts
+
+
+def same_texts(texts: Mapping[str, Tensor], tokenizer: Any, result: Result) -> tuple[dict[str, Tensor], list[Respelled]]:
+    """The same texts in the tokens of a cut vocabulary, and how far their spelling changed.
+
+    A text whose tokens all stay has the same tokens under new numbers, so that perplexities compare; any other is read again,
+    to the same place.
+    """
+    keep = torch.tensor(result.plan.groups[VOCABULARY].keep)
+    found, facts = {}, []
+    for name, tokens in texts.items():
+        missing = ~torch.isin(tokens, keep)
+        same = torch.searchsorted(keep, tokens)
+        found[name] = _read_again(name, tokens, tokenizer, result.tokenizer) if missing.any() else same
+        facts.append(Respelled(text=short(name), tokens=len(tokens), missing=int(missing.sum()), pruned_tokens=len(found[name])))
+    return found, facts
+
+
+def _read_again(name: str, tokens: Tensor, before: Any, after: Any) -> Tensor:
+    """A text in the tokens of the tokenizer `after`, as far as its first tokens by `before` reach."""
+    text = evaluation_text(name)
+    read = [one(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True) for one in (before, after)]
+    (_, stop) = read[0]["offset_mapping"][len(tokens) - 1]
+    spelled = zip(read[1]["input_ids"], read[1]["offset_mapping"], strict=True)
+    return torch.tensor([token for token, (_, end) in spelled if end <= stop])
 
 
 def measure(

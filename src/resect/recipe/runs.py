@@ -15,9 +15,19 @@ from transformers import PreTrainedModel
 from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
 from resect.checkpoint.load import find
 from resect.errors import CheckpointError, UsageError
-from resect.methods import Result, prune
+from resect.methods import Result, Vocabulary, prune
 from resect.plan import Plan
-from resect.recipe.measure import Announce, Stages, device_of, dtype_of, measure, read_evaluation_texts, timed, weight_bytes
+from resect.recipe.measure import (
+    Announce,
+    Stages,
+    device_of,
+    dtype_of,
+    measure,
+    read_evaluation_texts,
+    same_texts,
+    timed,
+    weight_bytes,
+)
 from resect.recipe.schema import Recipe
 from resect.report import RunReport, peak_memory, run_markdown, run_report
 
@@ -65,9 +75,11 @@ def _run(recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, sta
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()}
         _write_plan(directory, files, overwrite=overwrite)
         return RunResult(directory, result.plan, report, model)
-    _save(recipe, result, report, directory=directory, tokenizer=tokenizer, overwrite=overwrite, stages=stages)
+    _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
     with _noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
-        _measure_pruned(recipe, model, tokenizer, report=report, texts=texts, stages=stages)
+        if report.vocabulary is not None:
+            texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
+        _measure_pruned(recipe, model, result.tokenizer, report=report, texts=texts, stages=stages)
         report.status = "complete"
         _replace(directory, _texts(recipe, report, stages))
     return RunResult(directory, result.plan, report, model)
@@ -93,6 +105,8 @@ def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
 
 def _pruning(recipe: Recipe) -> str:
     """What is about to happen, in words."""
+    if recipe.vocabulary is not None and recipe.keep == 1:
+        return f"cut the vocabulary to what {', '.join(recipe.vocabulary.source)} needs"
     text = ", ".join(recipe.calibration.source or ("text that the model writes itself",))
     return f"{recipe.method} on {recipe.calibration.samples} x {recipe.calibration.length} tokens of {text}"
 
@@ -112,18 +126,19 @@ def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only:
         length=calibration.length,
         seed=recipe.seed,
         settings=recipe.settings,
+        vocabulary=Vocabulary(**recipe.vocabulary.model_dump()) if recipe.vocabulary else None,
         plan_only=plan_only,
     )
 
 
 def _save(
-    recipe: Recipe, result: Result, report: RunReport, *, directory: Path, tokenizer: Any, overwrite: bool, stages: Stages
+    recipe: Recipe, result: Result, report: RunReport, *, directory: Path, overwrite: bool, stages: Stages
 ) -> None:
     """Writes the whole run directory, which gets its name only when a fresh process gave the model's logits."""
     assert isinstance(result.model, PreTrainedModel)
     with _placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(result.model, partial, tokenizer=tokenizer, plan=result.plan)
+            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan)
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
         report.saved = _facts(saved, directory)

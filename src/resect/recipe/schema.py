@@ -22,6 +22,11 @@ def _timing(value: Any) -> Any:
     return {} if value is True else None if value is False else value
 
 
+def _source(value: Any) -> Any:
+    """A text, or several, stand for the section that names them."""
+    return {"source": value} if isinstance(value, str | list | tuple) else value
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
@@ -39,6 +44,17 @@ class CalibrationSection(Section):
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=128, ge=2)
     """Tokens a sample."""
+
+
+class VocabularySection(Section):
+    """The text whose tokens stay; rows of all others go."""
+
+    source: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+    """Files, hub data sets or `demo`."""
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    """Rows, or their share: of the tokens of the text the most frequent. None: all of them."""
+    align: int = Field(default=64, ge=1)
+    """The rows are a multiple of this."""
 
 
 class Timing(Section):
@@ -81,6 +97,8 @@ class Recipe(Section):
     layout: Literal["uniform", "per-layer"] = "uniform"
     align: int = Field(default=1, ge=1)
     calibration: CalibrationSection = CalibrationSection()
+    vocabulary: Annotated[VocabularySection | None, BeforeValidator(_source)] = None
+    """None: all tokens stay."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)
     """The method's own."""
     evaluation: EvaluationSection = EvaluationSection()

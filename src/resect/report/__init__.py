@@ -3,13 +3,14 @@
 from resect.report.inspection import Inspection, inspection
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
-from resect.report.results import EvaluationReport, Measured, RunReport, TextPerplexity, Timings, run_report
+from resect.report.results import EvaluationReport, Measured, Respelled, RunReport, TextPerplexity, Timings, run_report
 from resect.report.tables import comparison_table, inspection_tables, run_tables
 
 __all__ = [
     "EvaluationReport",
     "Inspection",
     "Measured",
+    "Respelled",
     "RunReport",
     "TextPerplexity",
     "Timings",

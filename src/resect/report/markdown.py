@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from resect.report.figures import figures
 from resect.report.layers import bar, kinds_of, layer_rows, spans
 from resect.report.results import RunReport
-from resect.report.words import LOADS, PROTOCOL, asked, kept_shares, provenance
+from resect.report.words import LOADS, PROTOCOL, asked, kept_shares, provenance, vocabulary_lines
 
 STATUS = {
     "planned": "A dry run: the plan was made, nothing was cut.",
@@ -29,6 +29,7 @@ def run_markdown(report: RunReport) -> str:
         "## What every layer keeps",
         _layers(report),
         *_withheld(report),
+        _bullets(vocabulary_lines(report)),
         *_generations(report),
         "## Calibration",
         _calibration(report),

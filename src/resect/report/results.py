@@ -132,6 +132,8 @@ class RunReport(Record):
     groups: list[GroupSizes]
     withheld: dict[str, str] = {}
     """Kinds of units that were asked for and left whole, and why."""
+    vocabulary: VocabularyCut | None = None
+    """None where all tokens stay."""
     frozen: list[str] = []
     """Why axes are kept whole."""
     calibration: dict[str, Any] | None = None
@@ -156,6 +158,33 @@ class RunReport(Record):
     def pruned(self) -> Measured:
         """The model after."""
         return self.models[1]
+
+
+class Respelled(Record):
+    """A text of the evaluation before and after its vocabulary was cut."""
+
+    text: str
+    tokens: int
+    missing: int
+    """Tokens of the dense model's that are gone, and spelled with others."""
+    pruned_tokens: int
+
+
+class VocabularyCut(Record):
+    """Which rows of the vocabulary stay."""
+
+    source: list[str]
+    rows: int
+    kept: int
+    base: int
+    """Needed whatever the text: special and added tokens, bytes, the words of the chat template."""
+    needed: int
+    """By the text and the base."""
+    tokens: int
+    """Tokens of the text."""
+    missing: int
+    """Of these, how many are gone."""
+    texts: list[Respelled] = []
 
 
 class EvaluationReport(Record):
@@ -187,12 +216,18 @@ def run_report(
         models=models,
         groups=_groups(pruning["groups"]),
         withheld=pruning["withheld"],
+        vocabulary=_vocabulary(recipe, pruning),
         frozen=pruning["frozen"],
         calibration=pruning["calibration"],
         cut_equals_mask=pruning.get("cut_equals_mask"),
         versions=versions(),
         machine=machine(),
     )
+
+
+def _vocabulary(recipe: Mapping[str, Any], pruning: Mapping[str, Any]) -> VocabularyCut | None:
+    found = pruning.get("vocabulary")
+    return VocabularyCut(source=recipe["vocabulary"]["source"], **found) if found else None
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> list[GroupSizes]:

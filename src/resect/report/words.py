@@ -22,13 +22,44 @@ def asked(report: RunReport) -> str:
         target = f"share {settings['share']:g} of every chosen group removed"
     else:
         target = f"{100 * recipe['keep']:g} % of {OF[recipe['of']]} kept"
+    if report.vocabulary is not None:
+        rows = f"{report.vocabulary.kept:,} of {report.vocabulary.rows:,} rows of the vocabulary kept"
+        if not touches_more(report):
+            return f"{recipe['model']}: {rows}, all else whole"
+        target = f"{target}, {rows}"
     return f"{recipe['model']}: {target} ({recipe['method']}, {settings['criterion']}, {recipe['layout']} layout)"
+
+
+def touches_more(report: RunReport) -> bool:
+    """Whether anything but the vocabulary was to be cut."""
+    recipe = report.recipe
+    return report.vocabulary is None or recipe["keep"] < 1 or recipe["settings"].get("share") is not None
+
+
+def vocabulary_lines(report: RunReport) -> list[str]:
+    """How many rows of the vocabulary went, and what that does to the texts that were measured."""
+    found = report.vocabulary
+    if found is None:
+        return []
+    source = ", ".join(found.source)
+    lines = [
+        f"Vocabulary: {found.kept:,} of {found.rows:,} rows stay, {found.rows - found.kept:,} went; {source} ({found.tokens:,} "
+        f"tokens) needs {found.needed:,}, of which {found.base:,} are needed by any text. "
+        f"{found.missing:,} of its tokens are gone and spelled with others."
+    ]
+    for text in found.texts:
+        gone = f"{text.text}: {text.missing:,} of {text.tokens:,} tokens are gone and spelled with others"
+        more = f", {text.pruned_tokens:,} in all now: its perplexities before and after are of different tokens"
+        lines.append(f"{gone}{more if text.missing else ''}.")
+    return lines
 
 
 def provenance(report: RunReport) -> str:
     """Which text decided, with which seed, and how perplexity was taken."""
     seed = f"seed {report.recipe['seed']}"
-    if report.calibration is None:
+    if not touches_more(report):
+        text = f"No calibration text: only the vocabulary was cut; {seed}."
+    elif report.calibration is None:
         text = f"No calibration text: {report.recipe['settings']['criterion']} looks at weights only; {seed}."
     else:
         text = f"Calibration: {calibration_text(report.calibration)}; {seed}."

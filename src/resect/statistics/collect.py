@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from resect.errors import DataError, NumericsError, UsageError, nearest
-from resect.graph import Graph
+from resect.graph import KINDS, Graph
 from resect.statistics.blockwise import Chain
 from resect.statistics.elements import CRITERIA, Criterion
 
@@ -71,7 +71,8 @@ def collect(
 
     Gradients are reduced to positions as soon as they are complete and freed, so that no more than one block's are held
     beyond the weights; `elements=True` keeps them (another copy of the prunable weights, or two for `mix`), so that statistics
-    of several texts add. `kinds` restricts to groups of some kinds. The model is left bit-identical.
+    of several texts add. `kinds` restricts to groups of some kinds; none means all but the vocabulary.
+    The model is left bit-identical.
     Raises `NumericsError` naming the tensor for NaN or infinity in weights, loss or statistics.
     """
     if criterion not in CRITERIA:
@@ -178,7 +179,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _axes(graph: Graph, kinds: Sequence[str]) -> dict[str, list[int]]:
     axes: dict[str, set[int]] = {}
     for group in graph.groups:
-        if not kinds or group.kind in kinds:
+        if group.kind in (kinds or set(KINDS) - {"vocabulary"}):
             for member in graph.weights(group):
                 axes.setdefault(member.parameter, set()).add(member.axis)
     return {name: sorted(axes[name]) for name in graph.shapes if name in axes}

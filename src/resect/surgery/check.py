@@ -14,6 +14,7 @@ from resect.graph import Graph
 from resect.plan import Plan
 from resect.surgery.cut import cut
 from resect.surgery.mask import masked
+from resect.surgery.vocabulary import kept_tokens
 
 SHAPE = (2, 16)
 """Sequences and tokens of the check."""
@@ -26,6 +27,7 @@ ROUNDING = 16
 def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) -> dict[str, float] | None:
     """Cuts a language model in place and holds it against the masked one on random tokens.
 
+    Where the vocabulary is cut, tokens that stay are compared, under their new numbers in the cut model.
     Gives the largest logit difference and what was allowed, both as shares of the logits' standard deviation; None for networks
     that take no tokens. Allowed is 1e-4, or a few times what rounding alone does to this model: one relative error of machine
     precision after every block, measured. Half-precision models are widened to float32 meanwhile.
@@ -35,12 +37,16 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
     if not vocabulary:
         cut(model, plan, graph)
         return None
+    keep = kept_tokens(graph, plan)
+    stays = torch.arange(vocabulary) if keep is None else keep
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocabulary, SHAPE, generator=generator).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tokens = torch.randint(len(stays), SHAPE, generator=generator).to(device)  # as they are numbered after the cut
+    stays = stays.to(device)
     with masked(model, plan, graph), _widened(model):
-        expected = _logits(model, tokens)
+        expected = _of_tokens(_logits(model, stays[tokens]), keep)
         with _rounding_errors(model, graph, seed):
-            disturbed = _logits(model, tokens)
+            disturbed = _of_tokens(_logits(model, stays[tokens]), keep)
     cut(model, plan, graph)
     with _widened(model):
         difference = _difference(expected, _logits(model, tokens))
@@ -51,6 +57,11 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
             f"{allowed:.0e} is allowed. Please report the architecture; restrict the kinds that are cut to go on."
         )
     return {"difference": difference, "allowed": allowed}
+
+
+def _of_tokens(logits: Tensor, keep: Tensor | None) -> Tensor:
+    """The logits of the tokens that stay."""
+    return logits if keep is None else logits[..., keep.to(logits.device)]
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -11,11 +11,12 @@ from pydantic import BaseModel
 from torch import nn
 
 from resect.errors import ModelError, UsageError
-from resect.graph import Graph, kept_length, replay, trace
+from resect.graph import VOCABULARY, Graph, kept_length, replay, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
 from resect.surgery.modeling_resect import Silent, remove, resize, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
+from resect.surgery.vocabulary import kept_tokens, renumber_tokens
 
 
 class Record(BaseModel):
@@ -33,6 +34,7 @@ class Record(BaseModel):
 def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     """The model without the units that the plan removes, in place; parameters, ties and dtypes stay what they were.
 
+    Tokens that stay are numbered anew in their old order where the vocabulary is cut, in the configurations too.
     What was done is kept on the model as `resect_record`. `graph` is the model's own, traced when not given.
     Raises `UsageError` for a plan of another network and `ModelError` when the network's code cannot take the new sizes;
     the model is then unchanged.
@@ -47,6 +49,9 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
         with torch.no_grad():
             set_tensor(model, name, take(tensors.pop(name), positions[name]))
     resize(model, {**record.model_dump(), "shapes": {}})
+    tokens = kept_tokens(graph, plan)
+    if tokens is not None:
+        renumber_tokens(model, graph.group(VOCABULARY), tokens)
     model.resect_record = record  # type: ignore[assignment]
     return model
 

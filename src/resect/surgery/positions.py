@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def changed(graph: Graph, plan: Plan, *, kinds: tuple[str, ...] = SLICED) -> Ite
             raise UsageError(
                 f"The plan is for another network: it counts {kept.units} units in {name}, this network has {group.units}."
             )
+        _check_named(group, kept.keep if kept.removed else range(group.units))
         if not kept.removed or group.kind not in kinds or graph.home(group) in emptied:
             continue
         if len(kept.keep) < group.least:
@@ -41,6 +42,13 @@ def _why(graph: Graph, group: Group) -> str:
     home = graph.home(group)
     rest = f"remove {home}, or keep no unit of anything in it" if home else "it belongs to no sub-layer that could go as a whole"
     return f"At least one must stay; {rest}."
+
+
+def _check_named(group: Group, keep: Sequence[int]) -> None:
+    stays = set(keep) if group.named else set()
+    for unit, name in group.named.items():
+        if unit not in stays:
+            raise UsageError(f"The plan drops token {unit}, which is the model's {name}. Keep it, or set that to another token.")
 
 
 def removed_blocks(graph: Graph, plan: Plan) -> list[str]:
