@@ -117,6 +117,8 @@ def mark(axis: Sequence[Atom], *, mixed: str = "", label: str = "", contest: Con
     meet in a `contest`, or that at least so many of them must stay."""
     for atom in axis:
         top = root(atom)
+        if label in top.marks:
+            continue
         if mixed:
             top.mixed.setdefault(mixed)
         if label:

@@ -17,6 +17,9 @@ from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
 from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Statistic, Term, Witness
 from resect.graph.vocabulary import VOCABULARY, named_tokens
 
+FUSED = (nn.TransformerEncoderLayer,)
+"""Blocks that may hand the weights of all their modules to one kernel, so that none of them can be replaced."""
+
 
 @dataclass
 class _Leaf:
@@ -75,7 +78,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
         blocks=blocks,
         parameters={name: term(axes, name) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
-        statistics={path: _statistic(axes[0], offered) for path, axes in run.statistics.items() if length(axes[0]) > 1},
+        statistics={path: _statistic(axes[0], offered) for path, axes in run.statistics.items() if path != "the model"},
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
         witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
@@ -128,8 +131,7 @@ def _leaves(
                 if not atom.reason:
                     leaf = found.setdefault(atom, _Leaf(atom))
                     leaf.members.append(Member(name, place, _index(coordinate, atom.size)))
-                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer)
-                    leaf.reason = leaf.reason or _homeless(model, atom, statistics) or _unruly(atom)
+                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _unfit(model, atom, statistics)
                 outer.append((atom, coordinate))
     return found, frozen
 
@@ -138,6 +140,16 @@ def _index(coordinate: Tensor, units: int) -> Tensor:
     """The positions of every unit: [units, width]."""
     order = torch.argsort(coordinate, stable=True)
     return order[(coordinate < 0).sum() :].view(units, -1)
+
+
+def _unfit(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
+    """Why a coordinate is not offered, wherever it stands."""
+    return _unused(atom) or _homeless(model, atom, statistics) or _unruly(atom)
+
+
+def _unused(atom: Atom) -> str:
+    """Positions that the run only passed by, such as those of a table that a longer text would look up."""
+    return "" if "used" in atom.marks else "not used in the traced run"
 
 
 def _nested(atom: Atom, coordinate: Tensor, outer: Sequence[tuple[Atom, Tensor]]) -> str:
@@ -156,7 +168,7 @@ def _nested(atom: Atom, coordinate: Tensor, outer: Sequence[tuple[Atom, Tensor]]
 def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
     """A statistic can be narrowed only where it is a module of its own, which takes it over one axis."""
     for name in atom.mixed:
-        if any(True for _ in model.get_submodule(name if name != "the model" else "").children()):
+        if name == "the model" or any(True for _ in model.get_submodule(name).children()):
             return f"a statistic over it is taken inside {name}, which is not a normalisation module"
         over = [axis for axis in statistics[name] if atom in _under(axis)]
         if any(leaves(axis) != leaves(over[0]) for axis in over):
@@ -223,7 +235,11 @@ def _depth(
     shared = Counter(id(tensor) for paths in blocks.modules for path in paths for tensor in _tensors(model, [path]))
     chain = chained(flow, blocks)
     found = [("blocks", paths[0], [paths[0]], layer) for layer, paths in enumerate(blocks.modules) if paths[0] in chain]
-    found += [("sublayers", one.name, [silence.path for silence in one.silences], one.layer) for one in sublayers]
+    found += [
+        ("sublayers", one.name, [silence.path for silence in one.silences], one.layer)
+        for one in sublayers
+        if not isinstance(model.get_submodule(blocks.modules[one.layer][0]), FUSED)
+    ]
     groups = []
     for kind, name, paths, layer in found:
         if all(shared[id(tensor)] == 1 for tensor in _tensors(model, paths)):

@@ -100,16 +100,29 @@ class Flow:
 
 
 def chained(flow: Flow, blocks: Blocks) -> set[str]:
-    """The blocks of one module that hand on their stream, in lists whose modules follow one another with nothing between."""
+    """The blocks that can be left out: those that run once and hand on their stream to the next, with nothing between.
+
+    Where something outside reads what a block hands on to the next, the number of blocks matters, and none is left out.
+    """
+    times = Counter(visit.path for visit in flow.visits)
     visits = {visit.path: visit for visit in flow.visits}
-    single = [paths[0] for paths in blocks.modules if len(paths) == 1 and paths[0] in visits]
+    single = [paths[0] for paths in blocks.modules if len(paths) == 1 and times[paths[0]] == 1]
+    read = _read_outside(flow, [visits[path] for path in single])
     broken = {
         path.rpartition(".")[0]
         for path, other in pairwise(single)
-        if path.rpartition(".")[0] == other.rpartition(".")[0] and visits[path].stop != visits[other].start
+        if path.rpartition(".")[0] == other.rpartition(".")[0]
+        and (visits[path].stop != visits[other].start or read.intersection(visits[path].given[:1]))
     }
     handing_on = [path for path in single if visits[path].streams and visits[path].returns >= 0]
     return {path for path in handing_on if path.rpartition(".")[0] not in broken}
+
+
+def _read_outside(flow: Flow, blocks: Sequence[Visit]) -> set[int]:
+    """Values that are taken outside of the blocks, or put out by the network."""
+    inside = {number for block in blocks for number in range(block.start, block.stop)}
+    taken = (value for number, step in enumerate(flow.steps) if number not in inside for value in step.taken)
+    return {*flow.results, *taken}
 
 
 def find_sublayers(flow: Flow, blocks: Blocks, sizes: Mapping[str, int]) -> list[Sublayer]:

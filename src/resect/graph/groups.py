@@ -65,7 +65,7 @@ class Group:
     mixed: tuple[str, ...] = ()
     rivals: tuple[Rivals, ...] = ()
     least: int = 1
-    named: Mapping[int, str] = field(default_factory=dict)
+    named: Mapping[int, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator of the traced run, where it ran, the axes of what it put out, and the constants it was given."""
+    """One operator of the traced run, where it ran, the axes of what it put out, and the constants it was given.
+
+    For one that takes a run of positions out of an axis, `before` are the positions that it leaves out in front.
+    """
 
     name: str
     where: str
     outputs: tuple[tuple[Axis, ...], ...]
     constants: tuple[float, ...] = ()
+    before: Axis = ()
 
 
 @dataclass(frozen=True, repr=False)

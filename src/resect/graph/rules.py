@@ -6,7 +6,7 @@ that reaches it. `op_rule` adds rules from user code; it is the only registry in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,17 @@ class Call:
         mark(axis, mixed=where)
         self.statistics.setdefault(where, []).append(axis)
 
+    def before(self) -> Axis:
+        """What an operator that takes a run of positions out of an axis leaves out in front of it."""
+        run = run_of_positions(self.name, self.args, self.kwargs)
+        if run is None or not run[1]:
+            return ()
+        dim, start = run
+        try:
+            return narrow(self.axes_of(self.args[0])[dim], 0, start)
+        except Misaligned:  # such a run is frozen
+            return ()
+
     def link(self, left: Axis, right: Axis) -> None:
         """Unites two axes; where they cannot be aligned, both are kept whole."""
         try:
@@ -91,6 +102,13 @@ NUMBERED = frozenset(
     + ("transpose", "permute", "t", "expand", "select", "repeat", "split", "unbind", "flatten", "_reshape_alias")
 )
 """Operators whose results hold the same numbers as what they take in."""
+
+VIEWS = frozenset(
+    f"aten.{name}"
+    for name in ("view", "reshape", "detach", "alias", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "unbind")
+    + ("transpose", "permute", "t", "expand", "split_with_sizes", "chunk", "flatten", "unflatten", "_reshape_alias")
+)
+"""Operators that only look at their input in another way: what nothing else takes in is not used."""
 
 Rule = Callable[[Call], list[Axes]]
 _RULES: dict[str, Rule] = {}
@@ -114,6 +132,10 @@ def op_rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(call: Call, overload: Any) -> list[Axes]:
     """The axes of a call's outputs, by its rule; without one everything that reaches it is frozen."""
     _watch_text(call)
+    if call.name not in VIEWS:
+        for tensor in call.tensors():
+            for axis in call.axes_of(tensor):
+                mark(axis, label="used")
     rule = _RULES.get(call.name)
     if rule is None and torch.Tag.pointwise in overload.tags:
         rule = pointwise
@@ -140,6 +162,19 @@ def _watch_text(call: Call) -> None:
         call.vocabulary.follow(*call.outputs)
     elif call.name != "aten.embedding" or call.vocabulary.holds(call.args[0]):
         call.vocabulary.refuse(f"the text's numbers are used at {call.site}")
+
+
+def run_of_positions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The axis that an operator takes a run of positions from, and where the run starts; None for other operators."""
+    if name == "aten.index":
+        run = _constant_run(args[1], args[0].shape)
+        return run and run[:2]
+    steps = args[4] if len(args) > 4 else kwargs.get("step", 1)
+    if name not in ("aten.slice", "aten.narrow") or not args[0].ndim or steps != 1:
+        return None
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0].ndim
+    start = args[2] if len(args) > 2 else kwargs.get("start")
+    return dim, slice(start, None).indices(args[0].shape[dim])[0]
 
 
 def _freeze_all(call: Call, reason: str) -> list[Axes]:
@@ -312,6 +347,18 @@ def unbind(call: Call) -> list[Axes]:
     return [list(axes) for _ in call.outputs]
 
 
+@op_rule("aten.glu")
+def glu(call: Call) -> list[Axes]:
+    """One half of an axis gates the other."""
+    axes = _input(call)
+    dim = call.arg(1, "dim", -1) % len(axes)
+    half = length(axes[dim]) // 2
+    left, right = narrow(axes[dim], 0, half), narrow(axes[dim], half, 2 * half)
+    call.link(left, right)
+    axes[dim] = left
+    return [axes]
+
+
 @op_rule("aten.cat", "aten.concatenate")
 def cat(call: Call) -> list[Axes]:
     """Tensors end to end along one axis, the other axes pairwise."""
@@ -466,7 +513,7 @@ def index(call: Call) -> list[Axes]:
     axes, indices, output = _input(call), list(call.args[1]), call.outputs[0]
     reason = f"positions are looked up at {call.site}"
     indices += [None] * (len(axes) - len(indices))
-    run = _constant_run(indices, axes)
+    run = _constant_run(indices, call.args[0].shape)
     if run is not None:
         place, start, stop = run
         axes[place] = narrow(axes[place], start, stop)
@@ -484,7 +531,7 @@ def index(call: Call) -> list[Axes]:
     return [[*passing[:front], *looked_up, *passing[front:]]]
 
 
-def _constant_run(indices: Sequence[Tensor | None], axes: Axes) -> tuple[int, int, int] | None:
+def _constant_run(indices: Sequence[Tensor | None], shape: Sequence[int]) -> tuple[int, int, int] | None:
     """The run of positions picked by one index of written-out consecutive numbers: (dim, start, stop)."""
     given = [(place, index) for place, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].ndim != 1:
@@ -493,7 +540,7 @@ def _constant_run(indices: Sequence[Tensor | None], axes: Axes) -> tuple[int, in
     constant = getattr(index, "constant", None)
     if constant is None:
         return None
-    size = length(axes[place])
+    size = shape[place]
     with _disable_current_modes():
         numbers = [number % size for number in constant.tolist()]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -653,6 +700,22 @@ def scatter(call: Call) -> list[Axes]:
         for place, axis in enumerate(call.axes_of(tensor)):
             if place != dim:
                 call.link(axes[place], axis)
+    return [axes]
+
+
+@op_rule("aten.masked_scatter", "aten.masked_scatter_")
+def masked_scatter(call: Call) -> list[Axes]:
+    """Rows of a source put at masked places: where the mask is the same along the last axis, that axis is one in both."""
+    axes, mask, source = _input(call), call.args[1], call.args[2]
+    same = mask.ndim == len(axes) and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    if not same or source.shape[-1:] != call.args[0].shape[-1:]:
+        raise Misaligned("single positions are put elsewhere")
+    given = call.axes_of(source)
+    call.link(axes[-1], given[-1])
+    if mask.shape[-1] > 1:
+        call.link(axes[-1], call.axes_of(mask)[-1])
+    for axis in (*axes[:-1], *given[:-1]):
+        freeze(axis, f"positions are looked up at {call.site}")
     return [axes]
 
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh
+from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length
+from resect.graph.blocks import Blocks
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Graph, Operation, Witness
@@ -132,7 +133,7 @@ def replay(
         except Exception as problem:
             return -1, "", str(problem)
         names = {id(module): name for name, module in model.named_modules()}
-        replayer = Replayer(names, graph.witness, kept, gone=gone, ignored={names[key] for key in ignored})
+        replayer = Replayer(names, graph.witness, kept, blocks=graph.blocks, gone=gone, ignored={names[key] for key in ignored})
         state = {name: tensors[id(tensor)] for name, tensor in _state(model) if id(tensor) in tensors}
         try:
             with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
@@ -207,6 +208,7 @@ class Replayer(Watcher):
         witness: Witness,
         kept: Mapping[Atom, int],
         *,
+        blocks: Blocks,
         gone: Collection[str] = (),
         ignored: Collection[str] = (),
     ) -> None:
@@ -217,13 +219,15 @@ class Replayer(Watcher):
         self._operations = list(left) if gone else witness.operations
         self._witness = witness
         self._kept = kept
+        self._blocks = blocks
+        self._gone = gone
         self._ignored = ignored
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
         if name in UNSEEN or self.where in self._ignored:
             return
-        operation = self._operations[self.reached] if self.reached < len(self._operations) else None
+        operation = self._expected(name)
         if operation is None or operation.name != name:
             raise ModelError(f"{name} runs where {operation.name if operation else 'nothing'} ran before")
         found = [tuple(output.shape) for output in outputs]
@@ -231,7 +235,23 @@ class Replayer(Watcher):
             raise ModelError(f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}")
         if (constants := _constants(args, kwargs, func)) != operation.constants:
             raise ModelError(f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size")
+        if operation.before:
+            start = rules.run_of_positions(name, args, kwargs)
+            demanded = kept_length(operation.before, self._kept)
+            if start is None or start[1] != demanded:
+                raise ModelError(f"{name} starts at position {start and start[1]}, the coupling demands {demanded}")
         self.reached += 1
+
+
+    def _expected(self, name: str) -> Operation | None:
+        """The operator that comes next. Where blocks are gone, what the network did for them outside of its blocks may be too."""
+        left = range(self.reached, len(self._operations))
+        for number in left:
+            operation = self._operations[number]
+            if operation.name == name or not self._gone or self._blocks.layer_of(operation.where) is not None:
+                self.reached = number
+                return operation
+        return None
 
 
 class Recorder(Watcher):
@@ -295,13 +315,15 @@ class Recorder(Watcher):
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Applies the operator's rule."""
-        self.used.update((id(tensor), None) for tensor in _tensors([args, kwargs]))
+        inputs = _tensors([args, kwargs])
+        self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         call.numbers, call.statistics, call.vocabulary = self._numbers, self.statistics, self.vocabulary
         call.turn = self.turns[self.where, name]
         contractions = len(self.contractions)
         found = rules.apply(call, func)
-        taken = tuple(value for tensor in _tensors([args, kwargs]) for value in self._values_of(tensor))
+        taken = tuple(value for tensor in inputs for value in self._values_of(tensor))
+        before = call.before()
         for tensor, axes in zip(outputs, found, strict=True):
             self._axes[id(tensor)] = (tensor, axes)
             self._values[id(tensor)] = self._new_value()
@@ -310,7 +332,8 @@ class Recorder(Watcher):
         given = tuple(self._values[id(tensor)] for tensor in outputs)
         self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
         if name not in UNSEEN:
-            self.operations.append(Operation(name, self.where, tuple(map(tuple, found)), _constants(args, kwargs, func)))
+            constants = _constants(args, kwargs, func)
+            self.operations.append(Operation(name, self.where, tuple(map(tuple, found)), constants, before))
 
     def entered(self, path: str) -> None:
         """Notes where in the flow of data a module begins."""
@@ -452,25 +475,34 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the implementations that fake tensors can run; everything as it was afterwards."""
-    parts = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    parts = [(vars(module), dict(vars(module))) for module in model.modules()]
+    tables = [(value, dict(value)) for _, values in parts for value in values.values() if isinstance(value, dict)]
     found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    before = [(config, dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
+    before = [(vars(config), dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
     model.eval()
-    for module, _, _ in parts:
+    for module in model.modules():
         if hasattr(module, PADDING_WARNING):
             vars(module)[PADDING_WARNING] = lambda *args, **kwargs: None
-    for config, fields in before:
-        if EXPERTS in fields:
-            vars(config)[EXPERTS] = "batched_mm"
+    for values, _ in before:
+        if EXPERTS in values:
+            values[EXPERTS] = "batched_mm"
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time():
             yield
     finally:
-        for config, fields in before:
-            vars(config).clear()
-            vars(config).update(fields)
-        for module, values, children in parts:  # some networks note on themselves that they have run
-            vars(module).clear()
-            vars(module).update(values)
-            module._modules.clear()
-            module._modules.update(children)
+        for values, fields in (*before, *parts, *tables):  # some networks note on themselves that they have run, or hang up hooks
+            values.clear()
+            values.update(fields)
+
+
+@contextmanager
+def _one_operator_at_a_time() -> Iterator[None]:
+    """No kernels that run a whole layer, an encoder's or a recurrent one, as a single operator."""
+    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch._C._set_mkldnn_enabled(before[1])

@@ -171,6 +171,7 @@ def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple
     near = [group for group, _ in groups if group.layer in (None, layer)] or [group for group, _ in groups]
     near.sort(key=lambda group: not any(f".{member.parameter}".startswith(f".{where}.") for member in group.members))
     module = model.get_submodule(where)
+    near = [group for group in near if _concerns(group, module, where)]
     beside = []
     for name, value in _integers(module):
         for group in near:
@@ -183,6 +184,12 @@ def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple
                     offset = value - group.units * width
                     beside.append(Role(type(module), name, _within_block(group, blocks), width, offset))
     yield from beside
+
+
+def _concerns(group: Group, module: nn.Module, where: str) -> bool:
+    """Whether a module has a slice of the group in one of its parameters; one without parameters may serve any group."""
+    start = f"{where}." if where else ""
+    return any(member.parameter.startswith(start) for member in group.members) or next(module.parameters(), None) is None
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -199,13 +206,14 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
     """The attributes with a role given to every module of its class, each with the units that its own block keeps."""
     result = {path: dict(values) for path, values in found.items()}
-    kept = {group.layer: (group.units, count) for group, count in groups if _within_block(group, blocks) == role.group}
+    kept: dict[int | None, tuple[Group | None, int]] = {
+        group.layer: (group, count) for group, count in groups if _within_block(group, blocks) == role.group
+    }
     for path, module in model.named_modules():
-        counts = kept.get(blocks.layer_of(path), kept.get(None))
-        if module.__class__ is not role.module_type or counts is None:
+        group, count = kept.get(blocks.layer_of(path), kept.get(None, (None, 0)))
+        if module.__class__ is not role.module_type or group is None or not _concerns(group, module, path):
             continue
-        units, count = counts
-        if dict(_integers(module)).get(role.attribute) == role.offset + units * role.multiple:
+        if dict(_integers(module)).get(role.attribute) == role.offset + group.units * role.multiple:
             result.setdefault(path, {})[role.attribute] = role.offset + count * role.multiple
     return result
 

@@ -296,7 +296,7 @@ def _remove(model: nn.Module, removed: Sequence[str]) -> None:
         blocks = _submodule(model, parent, parent)
         if not isinstance(blocks, nn.ModuleList) or indices[-1] >= len(blocks):
             raise ValueError(f"The surgery record removes blocks {indices} of {parent!r}, which the dense model has not.")
-        for config in _configs(model):
+        for config in _configs(model, parent):
             shorten(config, indices, blocks=len(blocks))
         stay = [number for number in range(len(blocks)) if number not in indices]
         for new, old in enumerate(stay):
@@ -312,9 +312,11 @@ def _renumber(block: nn.Module, old: int, new: int) -> None:
                 setattr(module, name, new)
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every configuration in use, once."""
-    configs = (getattr(module, "config", None) for module in model.modules())
+def _configs(model: nn.Module, path: str) -> list[PreTrainedConfig]:
+    """Every configuration in use within a module or around it, once; a stack beside it may be as deep by chance."""
+    modules = ((f"{name}." if name else "", module) for name, module in model.named_modules())
+    near = (module for name, module in modules if f"{path}.".startswith(name) or name.startswith(f"{path}."))
+    configs = (getattr(module, "config", None) for module in near)
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
