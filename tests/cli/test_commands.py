@@ -56,9 +56,19 @@ def test_inspect(resect_: Command, dense: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert re.search(r"heads +0-2 ", result.stdout)
     assert re.search(r"vocabulary +all +1 +101 ", result.stdout)
+    assert "model.layers 0-2  (3 blocks)" in result.stdout
     assert "rotary" in result.stdout
     assert "heads + channels" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_inspect_draws_for_graphviz(resect_: Command, dense: Path, tmp_path: Path) -> None:
+    file = tmp_path / "picture.dot"
+    result = resect_("inspect", dense, "--dot", file, "--json")
+    assert json.loads(result.stdout)["kind"] == "inspection"
+    assert file.read_text().startswith('digraph "LlamaForCausalLM" {')
+    refused = resect_("inspect", dense, "--dot", tmp_path / "nowhere" / "picture.dot")
+    assert_refused(refused, 2, "cannot be written")
 
 
 def test_inspect_reads_no_weights(resect_: Command, dense: Path, tmp_path: Path) -> None:
@@ -275,7 +285,7 @@ def test_help_names_every_flag(command: str, resect_: Command) -> None:
     assert result.exit_code == 0
     flags = {
         "": ["--version", "inspect", "prune", "run", "evaluate"],
-        "inspect": ["--json", "--trust-remote-code"],
+        "inspect": ["--dot", "--json", "--trust-remote-code"],
         "prune": ["--method", "--keep", "--of", "--data", "--samples", "--length", "--layout", "--align", "--recipe", "--set"]
         + ["--seed", "--device", "--dtype", "--dry-run", "--overwrite", "--trust-remote-code", "--json", "-o"],
         "run": ["--set", "--overwrite", "--dry-run", "--json", "-o"],

@@ -110,3 +110,10 @@ def test_tracing_leaves_the_model_alone(family: str) -> None:
 def test_a_network_that_cannot_run_says_where() -> None:
     with pytest.raises(ModelError, match="enter"):
         resect.trace(Gated(torch.relu), (torch.zeros(3, 4),))
+
+
+def test_like_blocks_share_their_index_tensors() -> None:
+    graph = resect.trace(FAMILIES["llama"]())
+    first, second, third = (group.members[0].index for group in graph.of_kind("channels"))
+    assert first is second
+    assert second is third

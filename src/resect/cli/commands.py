@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from resect.cli.answer import answering
-from resect.cli.words import given, nested, numbers, version_of_resect
+from resect.cli.words import given, nested, numbers, version_of_resect, write_text
 
 app = typer.Typer(
     name="resect",
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model. Read it first.")]
+Dot = Annotated[str | None, typer.Option("--dot", metavar="FILE", help="Write the picture for Graphviz here too.")]
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="The run directory.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what DIR holds, once the new result is whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop at plan.json: nothing is cut.")]
@@ -45,16 +46,18 @@ def main(
 
 
 @app.command()
-def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) -> None:
+def inspect(model: Model, dot: Dot = None, json: Json = False, trust_remote_code: Trust = False) -> None:
     """Show what could be cut out of MODEL, and what not and why. No weights are loaded."""
     with answering(as_json=json) as answer:
         answer.announce(f"trace {model}, no weights are read")
         from resect.checkpoint import skeleton
         from resect.graph import trace
-        from resect.report import inspection, inspection_tables
+        from resect.report import inspection, inspection_dot, inspection_tables
 
         network = skeleton(model, trust_remote_code=trust_remote_code)
         found = inspection(trace(network), model=model, architecture=type(network).__name__)
+        if dot:
+            write_text(dot, inspection_dot(found))
         answer.give(found.to_json(), inspection_tables(found))
 
 

@@ -5,7 +5,7 @@ from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Statistic, Term
 from resect.graph.rules import Call, op_rule
-from resect.graph.trace import Watcher, replay, trace
+from resect.graph.trace import Replay, Watcher, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Graph",
     "Group",
     "Member",
+    "Replay",
     "Rivals",
     "Silence",
     "Statistic",
@@ -32,6 +33,5 @@ __all__ = [
     "join",
     "kept_length",
     "op_rule",
-    "replay",
     "trace",
 ]

@@ -70,6 +70,9 @@ class Atom:
 
 Axis = tuple[Atom, ...]
 
+Form = tuple["int | Form", ...]
+"""The structure of an axis without its atoms: for every factor a leaf's number and size, or the forms of its segments."""
+
 
 def fresh(size: int, reason: str = "") -> Axis:
     """A new axis of one atom (none for size 1), frozen if a reason is given."""
@@ -203,6 +206,20 @@ def concatenate(parts: Sequence[Axis]) -> Axis:
     atom = Atom(sum(length(part) for part in parts))
     atom.definition = Sum(tuple(parts))
     return (atom,)
+
+
+def form(axis: Sequence[Atom], seen: dict[Atom, int]) -> Form:
+    """The structure of an axis, its leaves numbered in the order in which they are met; `seen` takes their numbers.
+
+    Axes of one form have the same `coordinates`, leaf by leaf.
+    """
+    parts: list[Form] = []
+    for top in leaves(axis):
+        if isinstance(top.definition, Sum):
+            parts.append(tuple(form(part, seen) for part in top.definition.parts))
+        else:
+            parts.append((seen.setdefault(top, len(seen)), top.size))
+    return tuple(parts)
 
 
 def coordinates(axis: Sequence[Atom]) -> dict[Atom, Tensor]:

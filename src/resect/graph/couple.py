@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resect.graph.atoms import Atom, Axis, coordinates, kept_length, leaves, length, root
+from resect.graph.atoms import Atom, Axis, Form, coordinates, form, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
 from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Statistic, Term, Witness
@@ -108,11 +108,7 @@ def _factor(axis: Axis, offered: Mapping[Atom, Group]) -> Factor:
 
 
 def _under(axis: Sequence[Atom]) -> list[Atom]:
-    found: list[Atom] = []
-    for top in leaves(axis):
-        parts = getattr(top.definition, "parts", None)
-        found += [top] if parts is None else [leaf for part in parts for leaf in _under(part)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(_occurrences(axis)))
 
 
 def _leaves(
@@ -120,20 +116,65 @@ def _leaves(
 ) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
     found: dict[Atom, _Leaf] = {}
     frozen: list[Frozen] = []
+    layouts = _Layouts()
     for name, axes in parameters.items():
         for place, axis in enumerate(axes):
             under = _under(axis)
             frozen += [Frozen(name, place, leaf.size, leaf.reason) for leaf in under if leaf.reason]
             if all(leaf.reason for leaf in under):
                 continue
-            outer: list[tuple[Atom, Tensor]] = []
-            for atom, coordinate in coordinates(axis).items():
+            layout = layouts.of(axis)
+            for number, atom in enumerate(layout.leaves):
                 if not atom.reason:
+                    own = "" if atom in found else _unfit(model, atom, statistics)
                     leaf = found.setdefault(atom, _Leaf(atom))
-                    leaf.members.append(Member(name, place, _index(coordinate, atom.size)))
-                    leaf.reason = leaf.reason or _nested(atom, coordinate, outer) or _unfit(model, atom, statistics)
-                outer.append((atom, coordinate))
+                    leaf.members.append(Member(name, place, layout.indices[number]))
+                    leaf.reason = leaf.reason or _nested(atom, [layout.leaves[other] for other in layout.outer[number]]) or own
     return found, frozen
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the leaves of an axis lie."""
+
+    leaves: list[Atom]
+    indices: list[Tensor]  # of every leaf, the positions of every unit: [units, width]
+    outer: list[list[int]]  # of every leaf, those before it that it shares positions with
+
+
+class _Layouts:
+    """The layouts of axes; those of one form share their tensors, since a deep network has few forms."""
+
+    def __init__(self) -> None:
+        self._known: dict[Form, _Layout] = {}
+
+    def of(self, axis: Axis) -> _Layout:
+        """The layout of one axis."""
+        numbers: dict[Atom, int] = {}
+        key = form(axis, numbers)
+        if key in self._known:
+            known = self._known[key]
+            return _Layout(list(numbers), known.indices, known.outer)
+        found = coordinates(axis)
+        layout = _Layout(list(found), [_index(where, atom.size) for atom, where in found.items()], _outer([*found.values()]))
+        if list(found) == list(numbers) and not _repeats(axis):
+            self._known[key] = layout
+        return layout
+
+
+def _repeats(axis: Sequence[Atom]) -> bool:
+    """Whether a leaf occurs more than once, which may freeze it: that is no matter of the form alone."""
+    found = list(_occurrences(axis))
+    return len(found) > len(set(found))
+
+
+def _occurrences(axis: Sequence[Atom]) -> Iterator[Atom]:
+    for top in leaves(axis):
+        parts = getattr(top.definition, "parts", None)
+        if parts is None:
+            yield top
+        for part in parts or ():
+            yield from _occurrences(part)
 
 
 def _index(coordinate: Tensor, units: int) -> Tensor:
@@ -152,16 +193,20 @@ def _unused(atom: Atom) -> str:
     return "" if "used" in atom.marks else "not used in the traced run"
 
 
-def _nested(atom: Atom, coordinate: Tensor, outer: Sequence[tuple[Atom, Tensor]]) -> str:
+def _outer(places: Sequence[Tensor]) -> list[list[int]]:
+    here = [where >= 0 for where in places]
+    return [[other for other in range(number) if (here[other] & here[number]).any()] for number in range(len(here))]
+
+
+def _nested(atom: Atom, outer: Sequence[Atom]) -> str:
     """Why a coordinate inside another removable one, or inside attention heads, is not offered."""
     if "inside a head" in atom.marks:
         return "a part of every head"
-    for other, where in outer:
-        if other is not atom and ((coordinate >= 0) & (where >= 0)).any():
-            if "attention" in other.marks:
-                return "a part of every head"
-            if not other.reason:
-                return "a part of every unit of another group"
+    for other in outer:
+        if "attention" in other.marks:
+            return "a part of every head"
+        if not other.reason:
+            return "a part of every unit of another group"
     return ""
 
 
@@ -240,15 +285,15 @@ def _depth(
         for one in sublayers
         if not isinstance(model.get_submodule(blocks.modules[one.layer][0]), FUSED)
     ]
+    own: dict[int | None, list[str]] = {}
+    for parameter in parameters:
+        own.setdefault(blocks.layer_of(parameter), []).append(parameter)
     groups = []
     for kind, name, paths, layer in found:
         if all(shared[id(tensor)] == 1 for tensor in _tensors(model, paths)):
             inside = tuple(f"{path}." for path in paths)
-            members = tuple(
-                Member(parameter, 0, torch.arange(length(axes[0]))[None])
-                for parameter, axes in parameters.items()
-                if axes and parameter.startswith(inside)
-            )
+            names = (parameter for parameter in own.get(layer, ()) if parameter.startswith(inside) and parameters[parameter])
+            members = tuple(Member(one, 0, torch.arange(length(parameters[one][0]))[None]) for one in names)
             groups.append(Group(name, kind, layer, 1, members, least=0))
     return groups
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import inf
@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resect.errors import ModelError
 from resect.graph import rules
 from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length
-from resect.graph.blocks import Blocks
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
-from resect.graph.groups import Graph, Operation, Witness
+from resect.graph.groups import Graph, Operation
 from resect.graph.vocabulary import Vocabulary
 
 EXAMPLE_SHAPE = (2, 7)
@@ -103,44 +102,49 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     return couple(model, run)
 
 
-def replay(
-    model: nn.Module,
-    graph: Graph,
-    removed: Mapping[str, int],
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    prepare: Callable[[nn.Module], Collection[nn.Module]] | None = None,
-    gone: Collection[str] = (),
-) -> tuple[float, str, str]:
-    """How far a cut network agrees with its coupling: operators that agree, then where the first does not, and why.
+class Replay:
+    """Runs a cut network beside the witness of the dense one. Nothing is computed, no weight is read.
 
-    `shapes` gives the parameters their new sizes. All agree: `(inf, "", "")`. Nothing is computed, no weight is read.
-    `prepare` may change modules for the time being and gives stand-ins, whose operators do not count; `gone` are modules
-    of the dense network whose operators are not expected any more.
+    `removed` counts the units that each group loses, `shapes` gives the parameters their new sizes.
     """
-    kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
-    fake = graph.witness.fake
-    mode = _fake_mode() if fake else None
-    blank = _fake if fake else _real
-    with mode or nullcontext(), torch.no_grad():
-        tensors = {id(tensor): blank(tensor, shapes.get(name)) for name, tensor in _state(model)}
-    args, kwargs = graph.witness.example
-    if mode:
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
-    with _traceable(model):
-        try:
-            ignored = set(map(id, prepare(model))) if prepare else set()
-        except Exception as problem:
-            return -1, "", str(problem)
-        names = {id(module): name for name, module in model.named_modules()}
-        replayer = Replayer(names, graph.witness, kept, blocks=graph.blocks, gone=gone, ignored={names[key] for key in ignored})
-        state = {name: tensors[id(tensor)] for name, tensor in _state(model) if id(tensor) in tensors}
-        try:
-            with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
-                torch.func.functional_call(model, state, args, kwargs)
-        except Exception as problem:
-            return replayer.reached, replayer.where, str(problem).splitlines()[0] if str(problem) else repr(problem)
-    return inf, "", ""
+
+    def __init__(self, model: nn.Module, graph: Graph, removed: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
+        self._model, self._graph, self._shapes = model, graph, shapes
+        self._kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
+        self._mode = _fake_mode() if graph.witness.fake else None
+        self._blank = self._tensors() if self._mode else None  # fake tensors have no values that a run could change
+
+    def run(
+        self, prepare: Callable[[nn.Module], Collection[nn.Module]] | None = None, *, gone: Collection[str] = ()
+    ) -> tuple[float, str, str]:
+        """How far the network agrees with its coupling: operators that agree, then where the first does not, and why.
+
+        All agree: `(inf, "", "")`. `prepare` may change modules for the time being and gives stand-ins, whose operators do
+        not count; `gone` are modules of the dense network whose operators are not expected any more.
+        """
+        model, mode, tensors = self._model, self._mode, self._blank or self._tensors()
+        args, kwargs = self._graph.witness.example
+        if mode:
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: _within(mode, t), (args, kwargs))
+        with _traceable(model):
+            try:
+                ignored = set(map(id, prepare(model))) if prepare else set()
+            except Exception as problem:
+                return -1, "", str(problem)
+            names = {id(module): name for name, module in model.named_modules()}
+            state = {name: tensors[id(tensor)] for name, tensor in _state(model) if id(tensor) in tensors}
+            replayer = Replayer(names, self._graph, self._kept, gone=gone, ignored={names[key] for key in ignored})
+            try:
+                with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
+                    torch.func.functional_call(model, state, args, kwargs)
+            except Exception as problem:
+                return replayer.reached, replayer.where, str(problem).splitlines()[0] if str(problem) else repr(problem)
+        return inf, "", ""
+
+    def _tensors(self) -> dict[int, Tensor]:
+        blank = _fake if self._mode else _real
+        with self._mode or nullcontext(), torch.no_grad():
+            return {id(tensor): blank(tensor, self._shapes.get(name)) for name, tensor in _state(self._model)}
 
 
 class _LooksAtData(Exception):
@@ -153,7 +157,7 @@ class Watcher(TorchDispatchMode):
     def __init__(self, names: Mapping[int, str], path: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.where = path or ""
-        self.turns = Counter[tuple[str, str]]()
+        self.turns = defaultdict[str, Counter[str]](Counter)
         self._names = names
         self._path = [] if path is None else [path]
 
@@ -184,14 +188,13 @@ class Watcher(TorchDispatchMode):
         if any(output.numel() for output in outputs):
             name = func.overloadpacket._qualified_op_name.replace("::", ".")
             self.seen(name, args, kwargs, func, outputs)
-            self.turns[self.where, name] += 1
+            self.turns[self.where][name] += 1
         return result
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         self.where = self._names.get(id(module), self.where)
         self._path.append(self.where)
-        for key in [key for key in self.turns if key[0] == self.where]:
-            del self.turns[key]
+        self.turns.pop(self.where, None)
         self.entered(self.where)
 
     def _leave(self, module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
@@ -205,21 +208,20 @@ class Replayer(Watcher):
     def __init__(
         self,
         names: Mapping[int, str],
-        witness: Witness,
+        graph: Graph,
         kept: Mapping[Atom, int],
         *,
-        blocks: Blocks,
         gone: Collection[str] = (),
         ignored: Collection[str] = (),
     ) -> None:
         super().__init__(names)
         self.reached = 0
         inside = tuple(f"{path}." for path in gone)
-        left = (operation for operation in witness.operations if not gone or not f"{operation.where}.".startswith(inside))
-        self._operations = list(left) if gone else witness.operations
-        self._witness = witness
+        left = (operation for operation in graph.witness.operations if not gone or not f"{operation.where}.".startswith(inside))
+        self._operations = list(left) if gone else graph.witness.operations
+        self._witness = graph.witness
         self._kept = kept
-        self._blocks = blocks
+        self._blocks = graph.blocks
         self._gone = gone
         self._ignored = ignored
 
@@ -319,7 +321,7 @@ class Recorder(Watcher):
         self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         call.numbers, call.statistics, call.vocabulary = self._numbers, self.statistics, self.vocabulary
-        call.turn = self.turns[self.where, name]
+        call.turn = self.turns[self.where][name]
         contractions = len(self.contractions)
         found = rules.apply(call, func)
         taken = tuple(value for tensor in inputs for value in self._values_of(tensor))

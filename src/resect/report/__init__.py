@@ -3,6 +3,7 @@
 from resect.report.inspection import Inspection, inspection
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
+from resect.report.picture import inspection_dot, inspection_tree
 from resect.report.results import EvaluationReport, Measured, Respelled, RunReport, TextPerplexity, Timings, run_report
 from resect.report.tables import comparison_table, inspection_tables, run_tables
 
@@ -16,7 +17,9 @@ __all__ = [
     "Timings",
     "comparison_table",
     "inspection",
+    "inspection_dot",
     "inspection_tables",
+    "inspection_tree",
     "machine",
     "peak_memory",
     "run_markdown",

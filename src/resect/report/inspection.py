@@ -6,12 +6,21 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from resect.graph import Frozen, Graph, Group
+from resect.graph import KINDS, Frozen, Graph, Group, Member
 from resect.report.layers import spans
 from resect.report.results import SCHEMA, Record
 
-TOGETHER = ("heads", "channels")
-"""Kinds that do not contain one another, so that their shares add up to what can go inside blocks."""
+
+class MemberRow(Record):
+    """A parameter that coupled groups slice."""
+
+    parameter: str
+    """`*` stands for the layers' numbers."""
+    axis: int
+    positions: int
+    """That every unit owns."""
+    layers: str
+    """`0-29`; empty outside blocks."""
 
 
 class UnitRow(Record):
@@ -25,6 +34,12 @@ class UnitRow(Record):
     """In every group."""
     unit_parameters: int
     """Parameters that go with one unit."""
+    parameters: int = 0
+    """Parameters that go with all units of all these groups."""
+    of_model: float = 0.0
+    whole: bool = False
+    """Whether a unit is a module and all that is in it, such as a block."""
+    members: list[MemberRow] = []
 
 
 class KindShare(Record):
@@ -88,13 +103,55 @@ def inspection(graph: Graph, *, model: str, architecture: str) -> Inspection:
 
 def _unit_rows(graph: Graph, kind: str) -> list[UnitRow]:
     dense = graph.parameter_count()
-    alike: dict[tuple[int, int], list[Group]] = {}
+    alike: dict[tuple[int, int, tuple[Place, ...]], list[Group]] = {}
     for group in graph.of_kind(kind):
         price = dense - graph.parameter_count({group.name: 1})
-        alike.setdefault((group.units, price), []).append(group)
+        alike.setdefault((group.units, price, _places(graph, group)), []).append(group)
+    rows = []
+    for (units, price, _), groups in alike.items():
+        gone = dense - graph.parameter_count({group.name: units for group in groups})
+        rows.append(
+            UnitRow(
+                kind=kind,
+                layers=_layers(groups),
+                groups=len(groups),
+                units=units,
+                unit_parameters=price,
+                parameters=gone,
+                of_model=gone / max(dense, 1),
+                whole=_is_whole(groups[0]),
+                members=_member_rows(graph, groups),
+            )
+        )
+    return rows
+
+
+def _is_whole(group: Group) -> bool:
+    """Whether the one unit of a group is all there is of a module."""
+    return group.units == 1 and group.least == 0
+
+
+Place = tuple[str, int, int]
+"""A parameter in the words of any layer, an axis, and how many of its positions a unit owns."""
+
+
+def _place(member: Member) -> Place:
+    return _any_layer(member.parameter), member.axis, member.index.shape[1]
+
+
+def _places(graph: Graph, group: Group) -> tuple[Place, ...]:
+    return tuple(dict.fromkeys(map(_place, graph.weights(group))))
+
+
+def _member_rows(graph: Graph, groups: Sequence[Group]) -> list[MemberRow]:
+    """What some groups slice, folded over layers."""
+    layers: dict[Place, set[int]] = {}
+    for member in (member for group in groups for member in graph.weights(group)):
+        layer = graph.blocks.layer_of(member.parameter)
+        layers.setdefault(_place(member), set()).update(() if layer is None else (layer,))
     return [
-        UnitRow(kind=kind, layers=_layers(groups), groups=len(groups), units=units, unit_parameters=price)
-        for (units, price), groups in alike.items()
+        MemberRow(parameter=parameter, axis=axis, positions=positions, layers=spans(found))
+        for (parameter, axis, positions), found in layers.items()
     ]
 
 
@@ -103,11 +160,13 @@ def _layers(groups: Sequence[Group]) -> str:
 
 
 def _shares(graph: Graph, kinds: Sequence[str]) -> list[KindShare]:
-    """Per kind that lies inside blocks, and for heads and channels together."""
+    """Per kind that lies inside blocks, and for all of them together but whole modules; what two kinds share counts once."""
     inside = [kind for kind in kinds if all(group.layer is not None for group in graph.of_kind(kind))]
-    both = [kind for kind in TOGETHER if kind in inside]
+    known = [kind for kind in KINDS if kind in inside]
+    inside = [*known, *(kind for kind in inside if kind not in known)]
+    together = [kind for kind in inside if not any(map(_is_whole, graph.of_kind(kind)))]
     shares = [_share(graph, [kind]) for kind in inside]
-    return [*shares, _share(graph, both)] if len(both) > 1 else shares
+    return [*shares, _share(graph, together)] if len(together) > 1 else shares
 
 
 def _share(graph: Graph, kinds: Sequence[str]) -> KindShare:

@@ -12,6 +12,7 @@ from rich.text import Text
 from resect.report.figures import figures, metric
 from resect.report.inspection import Inspection
 from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
+from resect.report.picture import inspection_tree
 from resect.report.results import EvaluationReport, RunReport
 from resect.report.words import PROTOCOL, asked, provenance, vocabulary_lines
 
@@ -80,12 +81,12 @@ def comparison_table(report: EvaluationReport) -> Group:
 
 
 def inspection_tables(found: Inspection) -> Group:
-    """Units and their prices, shares, and what is frozen."""
+    """The network as a tree of modules and coupled groups, then what the groups of every kind hold and what is frozen."""
     head = Text(
         f"{found.model}: {found.architecture}, {found.parameters:,} parameters, {found.block_parameters:,} of them in "
         f"{found.blocks} blocks; {metric(found.macs)}MACs on 1 x 64 tokens"
     )
-    parts: list[RenderableType] = [head, Text()]
+    parts: list[RenderableType] = [head, Text(), inspection_tree(found), Text()]
     parts += [Text("Units", style="bold"), _unit_table(found)]
     parts += [Text("What all of them hold", style="bold"), _share_table(found)]
     parts += [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import inf
 from typing import Any
@@ -19,12 +19,13 @@ from typing import Any
 from torch import nn
 
 from resect.errors import ModelError
-from resect.graph import Blocks, Graph, Group, replay
+from resect.graph import Blocks, Graph, Group, Replay
 from resect.plan import Plan
 from resect.surgery.modeling_resect import followers, set_attributes
 from resect.surgery.positions import changed
 
 Attributes = dict[str, dict[str, Any]]
+Census = dict[type[nn.Module], list[tuple[str, int | None, nn.Module, dict[str, int]]]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
 RUNS = 1000
@@ -56,9 +57,9 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     for path, values in _expert_counts(model, groups).items():
         found.setdefault(path, {}).update(values)
     removed = {group.name: group.units - count for group, count in groups}
-    search = Search(model, graph, removed, shapes, groups)
+    search = Search(model, graph.blocks, Replay(model, graph, removed, shapes), groups, _census(model, graph.blocks))
     reached, where = search.run(found)
-    if reached < inf and replay(model, graph, {}, {})[0] < inf:
+    if reached < inf and Replay(model, graph, {}, {}).run()[0] < inf:
         raise ModelError(f"{type(model).__name__} changed itself when it ran; trace it again.")
     solved = search.solve(found, reached, where)
     if solved is None:
@@ -75,23 +76,27 @@ class Search:
     """Trials of attributes on one cut network; each that brings the replay further is followed, the furthest first."""
 
     model: nn.Module
-    graph: Graph
-    removed: Mapping[str, int]
-    shapes: Mapping[str, list[int]]
+    blocks: Blocks
+    replay: Replay
     groups: list[tuple[Group, int]]
+    census: Census
     runs: int = 0
     furthest: float = -1
     where: str = ""
     problem: str = ""
+    known: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def run(self, attributes: Attributes) -> tuple[float, str]:
         """How many operators of the cut network agree with the coupling, and where the first one does not; inf when all do."""
-        self.runs += 1
-        with _attributes_set(self.model, attributes):
-            reached, where, problem = replay(self.model, self.graph, self.removed, self.shapes)
-        if reached > self.furthest:
-            self.furthest, self.where, self.problem = reached, where, problem
-        return reached, where
+        trial = repr(sorted((path, sorted(values.items())) for path, values in attributes.items()))
+        if trial not in self.known:
+            self.runs += 1
+            with _attributes_set(self.model, attributes):
+                reached, where, problem = self.replay.run()
+            if reached > self.furthest:
+                self.furthest, self.where, self.problem = reached, where, problem
+            self.known[trial] = reached, where
+        return self.known[trial]
 
     def solve(self, found: Attributes, reached: float, where: str) -> Attributes | None:
         """The attributes with which the network runs through, or None."""
@@ -109,14 +114,14 @@ class Search:
         path = where.split(".") if where else []
         for count in range(1, AT_ONCE + 1):
             for depth in range(len(path), -1, -1):
-                roles = list(dict.fromkeys(_candidates(self.model, self.graph.blocks, ".".join(path[:depth]), self.groups)))
+                roles = list(dict.fromkeys(_candidates(self.model, self.blocks, ".".join(path[:depth]), self.groups)))
                 better = []
                 for chosen in combinations(roles, count):
                     if self.runs >= RUNS:
                         return
                     trial = found
                     for role in chosen:
-                        trial = _apply(self.model, self.graph.blocks, role, self.groups, trial)
+                        trial = _apply(self.census, self.blocks, role, self.groups, trial)
                     further, at = (reached, where) if trial == found else self.run(trial)
                     if further == inf:
                         yield [(further, at, trial)]
@@ -203,17 +208,25 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"config.{name}", value
 
 
-def _apply(model: nn.Module, blocks: Blocks, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
+def _census(model: nn.Module, blocks: Blocks) -> Census:
+    """Of every class, its modules: their paths and blocks, themselves, and the numbers that they keep."""
+    found: Census = {}
+    for path, module in model.named_modules():
+        found.setdefault(module.__class__, []).append((path, blocks.layer_of(path), module, dict(_integers(module))))
+    return found
+
+
+def _apply(census: Census, blocks: Blocks, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
     """The attributes with a role given to every module of its class, each with the units that its own block keeps."""
     result = {path: dict(values) for path, values in found.items()}
     kept: dict[int | None, tuple[Group | None, int]] = {
         group.layer: (group, count) for group, count in groups if _within_block(group, blocks) == role.group
     }
-    for path, module in model.named_modules():
-        group, count = kept.get(blocks.layer_of(path), kept.get(None, (None, 0)))
-        if module.__class__ is not role.module_type or group is None or not _concerns(group, module, path):
+    for path, layer, module, integers in census[role.module_type]:
+        group, count = kept.get(layer, kept.get(None, (None, 0)))
+        if group is None or not _concerns(group, module, path):
             continue
-        if dict(_integers(module)).get(role.attribute) == role.offset + group.units * role.multiple:
+        if integers.get(role.attribute) == role.offset + group.units * role.multiple:
             result.setdefault(path, {})[role.attribute] = role.offset + count * role.multiple
     return result
 

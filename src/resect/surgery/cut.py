@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from resect.errors import ModelError, UsageError
-from resect.graph import VOCABULARY, Graph, kept_length, replay, trace
+from resect.graph import VOCABULARY, Graph, Replay, kept_length, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
 from resect.surgery.modeling_resect import Silent, remove, resize, set_attributes, set_tensor
@@ -61,7 +61,7 @@ def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     try:
         return _record(model, plan, graph)
     except ModelError:
-        if replay(model, graph, {}, {})[0] == inf:
+        if Replay(model, graph, {}, {}).run()[0] == inf:
             raise
     return _record(model, plan, trace(model))
 
@@ -97,7 +97,7 @@ def _try(model: nn.Module, graph: Graph, record: Record, removed: Mapping[str, i
         return [module for module in model.modules() if isinstance(module, Silent)]
 
     gone = [*record.silent, *record.removed]
-    reached, where, problem = replay(model, graph, removed, record.shapes, prepare=prepare, gone=gone)
+    reached, where, problem = Replay(model, graph, removed, record.shapes).run(prepare, gone=gone)
     if reached < inf:
         raise ModelError(
             f"{type(model).__name__} cannot do without {', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}: its code in "

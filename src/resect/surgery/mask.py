@@ -128,7 +128,7 @@ class Losing(Watcher):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs one operator."""
         name = func.overloadpacket._qualified_op_name.replace("::", ".")
-        found = self._contests.get((self.where, name, self.turns[self.where, name]))
+        found = self._contests.get((self.where, name, self.turns[self.where][name]))
         if found:
             contest, gone = found
             args = (args[0].index_fill(contest.axis, gone.to(args[0].device), -torch.inf), *args[1:])
