@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: a test never reaches for a hub
 
+import tests.vision.operators  # noqa: F401, I001  # before transformers
 import jaxtyping
 
 # Float[Tensor, "units width"] is checked on every call into these rooms. Must come before their first import.

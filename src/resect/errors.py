@@ -15,7 +15,14 @@ class UsageError(ResectError, ValueError):
 
 
 class ModelError(ResectError):
-    """A model that cannot be traced, cut or loaded."""
+    """A model that cannot be traced, cut or loaded.
+
+    `groups` names coupled groups without which it may work: those around the code that did not take their new sizes.
+    """
+
+    def __init__(self, message: str, groups: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.groups = tuple(groups)
 
 
 class DataError(ResectError):

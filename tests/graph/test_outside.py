@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import resect
 from resect.errors import ModelError
-from resect.graph import DEPTH
 from resect.plan import Kept, Plan
 from tests.graph import outside
 from tests.graph.outside import CHANNELS, HEADS, WIDTH, WORDS
@@ -55,7 +54,8 @@ def encoder(**options: Any) -> Callable[[], nn.Module]:
 
 LANGUAGE = {("heads", HEADS): 2, ("channels", CHANNELS): 2, ("residual", WIDTH): 1, ("blocks", 1): 2}
 KEPT_HEADS = {kind: count for kind, count in LANGUAGE.items() if kind[0] != "heads"}
-OWN = ("heads", "residual")  # torch's attention and teaching code read the size of a head off the width of the stream
+# Torch's attention and teaching code read the size of a head off the width of the stream: both go together.
+JOINED = {("channels", CHANNELS): 2, ("residual", HEADS): 1, ("blocks", 1): 2}
 STATES = {("channels", 20): 1, ("channels", 24): 1}
 
 NETWORKS = {
@@ -68,10 +68,10 @@ NETWORKS = {
     "einsum": Network(language(outside.Named), tokens, LANGUAGE),
     "einsum, talking": Network(language(lambda: outside.Named(talking=True)), tokens, {**LANGUAGE, ("heads", HEADS): 4}),
     "head axes": Network(language(outside.HeadAxes), tokens, LANGUAGE),
-    "teaching": Network(lambda: outside.Teaching(free=False), tokens, LANGUAGE, OWN),
+    "teaching": Network(lambda: outside.Teaching(free=False), tokens, JOINED),
     "teaching, free": Network(lambda: outside.Teaching(free=True), tokens, LANGUAGE),
-    "encoder": Network(encoder(), tokens, LANGUAGE, OWN),
-    "encoder, norm first": Network(encoder(norm_first=True), tokens, LANGUAGE, OWN),
+    "encoder": Network(encoder(), tokens, JOINED),
+    "encoder, norm first": Network(encoder(norm_first=True), tokens, JOINED),
     "lstm": Network(lambda: outside.Recurrent(nn.LSTM), tokens, {**STATES, ("channels", 32): 1}),
     "lstm, two ways": Network(
         lambda: outside.Recurrent(nn.LSTM, num_layers=2, bidirectional=True), tokens, {**STATES, ("channels", 32): 1}
@@ -115,19 +115,14 @@ def test_cut_equals_mask_or_is_refused(name: str) -> None:
             assert_cut_equals_mask(model, graph, inputs, plan)
 
 
-def test_of_torchs_own_encoder_decoder_all_but_attention_is_cut() -> None:
+def test_of_torchs_own_encoder_decoder_all_is_cut() -> None:
     model, inputs = lively(outside.Translation(), seed=0), (*tokens(), torch.randint(WORDS, (2, 5)))
     graph = resect.trace(model, inputs)
-    assert Counter(group.units for group in graph.groups if group.units in (HEADS, CHANNELS)) == {HEADS: 6, CHANNELS: 4}
+    assert Counter(group.units for group in graph.groups if group.units in (HEADS, CHANNELS)) == {HEADS: 1, CHANNELS: 4}
     alike = {re.sub(r"\d+", "N", f"{group.units} {group.members[0].parameter}"): group for group in graph.groups}
     for group in (group for group in alike.values() if group.kind != "vocabulary"):
         kept = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=tuple(range(1, group.units)))
-        plan = Plan(groups={group.name: kept})
-        if any("in_proj" in member.parameter for member in group.members) and group.kind not in DEPTH:
-            with pytest.raises(ModelError, match="attn does not take the new sizes"):
-                resect.cut(model, plan, graph)
-        else:
-            assert_cut_equals_mask(model, graph, inputs, plan)
+        assert_cut_equals_mask(model, graph, inputs, Plan(groups={group.name: kept}))
 
 
 def test_heads_of_torchs_own_attention_go_with_as_much_of_the_stream() -> None:
@@ -135,10 +130,11 @@ def test_heads_of_torchs_own_attention_go_with_as_much_of_the_stream() -> None:
     model, inputs = lively(outside.Classes(outside.Attending()), seed=0), tokens()
     graph = resect.trace(model, inputs)
     (heads,) = (group for group in graph.groups if group.units == HEADS)
-    stream = next(group for group in graph.groups if any(member.parameter == "embed.weight" for member in group.members))
-    keep = {heads: (0, 1, 3, 4, 5), stream: tuple(range(4, 44))}
-    groups = {group.name: Kept(kind=group.kind, layer=group.layer, units=group.units, keep=stay) for group, stay in keep.items()}
-    assert_cut_equals_mask(model, graph, inputs, Plan(groups=groups))
+    touched = {member.parameter for member in heads.members}
+    assert "embed.weight" in touched
+    assert any("attn.in_proj_weight" in name for name in touched)
+    kept = Kept(kind=heads.kind, layer=heads.layer, units=HEADS, keep=(0, 1, 3, 4, 5))
+    assert_cut_equals_mask(model, graph, inputs, Plan(groups={heads.name: kept}))
 
 
 def test_what_a_run_only_passes_by_is_kept() -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import resect
+from resect.errors import ModelError
 from resect.graph import Graph
+from resect.plan import Plan
 from resect.surgery import kept_tokens
 from tests.models import random_plan
 from tests.zoo.shrink import build
@@ -40,6 +42,8 @@ class Row:
     """Parameters' axes that are kept whole, by reason."""
     differences: dict[str, float] = field(default_factory=dict)
     """By kind, the largest difference between cut and masked logits."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Groups without their block's number that surgery refused, and why; the others of their kind were cut."""
     refused: dict[str, str] = field(default_factory=dict)
     """Kinds that surgery refused, and why."""
     problem: str = ""
@@ -66,10 +70,26 @@ def examine(model_type: str, *, seed: int = 0) -> Row:
         return row
     for kind in dict.fromkeys(group.kind for group in graph.groups):
         try:
-            row.differences[kind] = difference(model, graph, kind, seed)
+            row.differences[kind] = _compare(row, model, graph, kind, seed)
         except Exception as problem:
             row.refused[kind] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     return row
+
+
+def _compare(row: Row, model: nn.Module, graph: Graph, kind: str, seed: int) -> float:
+    """The difference for a random plan of a kind, without the groups that surgery refuses by name."""
+    plans = (random_plan(graph, number, uniform=False, kinds=[kind]) for number in range(seed, seed + 50))
+    plan = next(plan for plan in plans if plan.removed())
+    while True:
+        try:
+            return difference(model, graph, plan, seed)
+        except ModelError as problem:
+            refused = {graph.blocks.within(name) for name in problem.groups}
+            left = {name: kept for name, kept in plan.groups.items() if graph.blocks.within(name) not in refused}
+            plan = Plan(groups=left)
+            if not refused or not plan.removed():
+                raise
+            row.left_out.update(dict.fromkeys(refused, " ".join(str(problem).split())))
 
 
 def describe(row: Row, graph: Graph) -> None:
@@ -97,10 +117,8 @@ def lively(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def difference(model: nn.Module, graph: Graph, kind: str, seed: int) -> float:
-    """How far cut and masked logits are apart for a random plan, as a share of their standard deviation."""
-    plans = (random_plan(graph, number, uniform=False, kinds=[kind]) for number in range(seed, seed + 50))
-    plan = next(plan for plan in plans if plan.removed())
+def difference(model: nn.Module, graph: Graph, plan: Plan, seed: int) -> float:
+    """How far cut and masked logits are apart, as a share of their standard deviation."""
     tokens = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(seed))
     keep = kept_tokens(graph, plan)
     new = tokens if keep is None else tokens % len(keep)

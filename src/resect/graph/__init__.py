@@ -1,9 +1,9 @@
 """Which slices of which parameters belong together: found by tracing on fake tensors, no weights needed."""
 
-from resect.graph.atoms import Axis, Contest, freeze, join, kept_length
+from resect.graph.atoms import Axis, Contest, freeze, join, kept_length, length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
-from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Statistic, Term
+from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
 from resect.graph.trace import Replay, Watcher, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
@@ -25,13 +25,13 @@ __all__ = [
     "Replay",
     "Rivals",
     "Silence",
-    "Statistic",
     "Sublayer",
     "Term",
     "Watcher",
     "freeze",
     "join",
     "kept_length",
+    "length",
     "op_rule",
     "trace",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resect.graph.atoms import Atom, Axis, Form, coordinates, form, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
-from resect.graph.groups import Factor, Frozen, Graph, Group, Member, Operation, Rivals, Statistic, Term, Witness
+from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
 from resect.graph.vocabulary import VOCABULARY, named_tokens
 
 FUSED = (nn.TransformerEncoderLayer,)
@@ -41,6 +41,7 @@ class Run:
     statistics: Mapping[str, Sequence[Axis]]  # what the normalisations of each module run over
     flow: Flow
     tokens: Mapping[str, Atom]  # the axes of the example text
+    frames: Mapping[str, Frame]  # what each module takes in and puts out
     example: tuple[tuple[Any, ...], dict[str, Any]]
     fake: bool  # whether fake tensors were enough
 
@@ -71,6 +72,9 @@ def couple(model: nn.Module, run: Run) -> Graph:
         owning = tuple(owners[path] for path in _around(where) if path in owners)
         return Term(factors, owning, blocks.layer_of(where), powers["batch"], powers["tokens"])
 
+    named = {atom: group.name for atom, group in offered.items()}
+    normalising = {path for group in offered.values() for path in group.mixed}
+    frames = {path: frame for path, frame in run.frames.items() if path in normalising}
     return Graph(
         groups=(*sorted(offered.values(), key=_order), *depth),
         frozen=tuple(frozen),
@@ -78,20 +82,14 @@ def couple(model: nn.Module, run: Run) -> Graph:
         blocks=blocks,
         parameters={name: term(axes, name) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
-        statistics={path: _statistic(axes[0], offered) for path, axes in run.statistics.items() if path != "the model"},
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
-        witness=Witness(tuple(run.operations), run.example, {atom: group.name for atom, group in offered.items()}, run.fake),
+        witness=Witness(tuple(run.operations), run.example, named, run.fake, frames),
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
 
 
 def _looked_up(axis: Axis) -> bool:
     return any(VOCABULARY in leaf.marks for leaf in _under(axis))
-
-
-def _statistic(axis: Axis, offered: Mapping[Atom, Group]) -> Statistic:
-    places = {offered[atom].name: _index(where, atom.size) for atom, where in coordinates(axis).items() if atom in offered}
-    return Statistic(length(axis), places)
 
 
 def _order(group: Group) -> tuple[int, str]:

@@ -112,10 +112,14 @@ def chained(flow: Flow, blocks: Blocks) -> set[str]:
         path.rpartition(".")[0]
         for path, other in pairwise(single)
         if path.rpartition(".")[0] == other.rpartition(".")[0]
-        and (visits[path].stop != visits[other].start or read.intersection(visits[path].given[:1]))
+        and (not _follows(visits[other], visits[path]) or read.intersection(visits[path].given[:1]))
     }
     handing_on = [path for path in single if visits[path].streams and visits[path].returns >= 0]
     return {path for path in handing_on if path.rpartition(".")[0] not in broken}
+
+
+def _follows(visit: Visit, before: Visit) -> bool:
+    return visit.start == before.stop and visit.taken[:1] == before.given[:1]
 
 
 def _read_outside(flow: Flow, blocks: Sequence[Visit]) -> set[int]:

@@ -41,14 +41,6 @@ class Rivals:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """What a normalisation runs over: so many positions, and where the units of each group lie among them."""
-
-    size: int
-    places: Mapping[str, Tensor]  # by group, [units, width], long
-
-
-@dataclass(frozen=True)
 class Group:
     """Slices that must go together, for one family of units.
 
@@ -121,6 +113,14 @@ class Operation:
     before: Axis = ()
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The axes of all that a module takes in and puts out, in the order of their leaves; none for what is not a tensor."""
+
+    entering: list[tuple[Axis, ...]]
+    leaving: list[tuple[Axis, ...]]
+
+
 @dataclass(frozen=True, repr=False)
 class Witness:
     """Every operator of the dense run, so that the run of a cut network can be held against it."""
@@ -129,6 +129,7 @@ class Witness:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     groups: Mapping[Atom, str]
     fake: bool = True  # whether fake tensors were enough
+    frames: Mapping[str, Frame] = field(default_factory=dict)  # by module
 
     def fits(self, operation: Operation, found: Sequence[Sequence[int]], kept: Mapping[Atom, int]) -> bool:
         """Whether an operator puts out what it must when leaf atoms shrink to the given sizes.
@@ -160,7 +161,6 @@ class Graph:
     parameters: Mapping[str, Term]
     contractions: tuple[Term, ...]
     witness: Witness
-    statistics: Mapping[str, Statistic]  # by the module that takes them
     sublayers: Mapping[str, Sublayer]
     tables: tuple[str, ...] = ()  # parameters in which the numbers of the text are looked up
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)

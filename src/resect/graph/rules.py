@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from resect.graph.atoms import (
+    Atom,
     Axis,
     Contest,
     Misaligned,
+    Sum,
     concatenate,
     factor,
     freeze,
@@ -136,8 +138,8 @@ def apply(call: Call, overload: Any) -> list[Axes]:
         for tensor in call.tensors():
             for axis in call.axes_of(tensor):
                 mark(axis, label="used")
-    rule = _RULES.get(call.name)
-    if rule is None and torch.Tag.pointwise in overload.tags:
+    rule = _RULES.get(call.name) or _RULES.get(call.name.removesuffix("_"))  # in place, the axes are the same
+    if rule is None and _is_pointwise(overload):
         rule = pointwise
     if rule is None:
         return _freeze_all(call, f"no rule for {call.site}")
@@ -177,6 +179,13 @@ def run_of_positions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return dim, slice(start, None).indices(args[0].shape[dim])[0]
 
 
+def _is_pointwise(overload: Any) -> bool:
+    """Whether torch says so of an operator, or of its twin that does not work in place."""
+    twin = getattr(getattr(torch.ops, overload.namespace), overload.overloadpacket.__name__.removesuffix("_"), None)
+    default = getattr(twin, "default", None) or getattr(twin, "Tensor", overload)
+    return torch.Tag.pointwise in overload.tags or torch.Tag.pointwise in default.tags
+
+
 def _freeze_all(call: Call, reason: str) -> list[Axes]:
     for tensor in call.tensors():
         for axis in call.axes_of(tensor):
@@ -206,6 +215,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
 @op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
+@op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
     results = []
@@ -325,14 +335,19 @@ def _pick(call: Call, axis: Axis, index: int) -> None:
 
 @op_rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.tensor_split")
 def split(call: Call) -> list[Axes]:
-    """An axis cut into segments end to end."""
+    """An axis cut into segments end to end; where one number says how long they are, they stay equally long."""
     axes = _input(call)
     dim = call.arg(2, "dim", 0) % len(axes)
-    results, at = [], 0
+    results: list[Axes] = []
+    at = 0
     for output in call.outputs:
         stop = at + output.shape[dim]
         results.append([*axes[:dim], narrow(axes[dim], at, stop), *axes[dim + 1 :]])
         at = stop
+    if isinstance(call.arg(1, "split_size"), int):
+        for part in results[1:]:
+            if length(part[dim]) == length(results[0][dim]):
+                call.link(results[0][dim], part[dim])
     return results
 
 
@@ -405,7 +420,7 @@ def view_as_real(call: Call) -> list[Axes]:
 def _contract(call: Call, left: Axes, right: Axes) -> Axes:
     """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
     scores = len(left) > 1 and _on_tokens([left[-2]]) and _on_tokens([right[-1]])
-    attention = scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]])
+    attention = len(left) > 2 and (scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]]))
     _sum_over(call, left[-1], right[-2])
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
@@ -424,7 +439,12 @@ def _sum_over(call: Call, left: Axis, right: Axis) -> None:
 
 
 def _on_tokens(axes: Axes) -> bool:
-    return any("tokens" in atom.marks for axis in axes for atom in leaves(axis))
+    """Whether an axis runs over positions of a text or an image, or a part of it does."""
+    return any("tokens" in atom.marks or _on_tokens(_parts(atom)) for axis in axes for atom in leaves(axis))
+
+
+def _parts(atom: Atom) -> Axes:
+    return list(atom.definition.parts) if isinstance(atom.definition, Sum) else []
 
 
 @op_rule("aten.mm", "aten.bmm")
@@ -591,6 +611,7 @@ def _positions(call: Call, axis: Axis, size: int) -> Axis:
 @op_rule("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.max_pool2d_with_indices", "aten.max_pool2d")
 @op_rule("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d", "aten.max_pool3d_with_indices")
 @op_rule("aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa")
+@op_rule("aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact2d")
 def resample(call: Call) -> list[Axes]:
     """Positions moved, padded or pooled: every axis that changes its length is kept whole."""
     axes = _input(call)
@@ -605,11 +626,14 @@ def resample(call: Call) -> list[Axes]:
 @op_rule("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training", "aten._native_batch_norm_legit")
 @op_rule("aten.cudnn_batch_norm", "aten.batch_norm")
 def batch_norm(call: Call) -> list[Axes]:
-    """Every channel by itself, with its weight, bias and running statistics."""
+    """Every channel by itself, with its weight, bias and running statistics; in training, over all that is there."""
     axes = _input(call)
     for given in call.args[1:5]:
         if isinstance(given, Tensor):
             call.link(axes[1], call.axes_of(given)[0])
+    if True in (given for given in call.args[3:6] if isinstance(given, bool)):
+        for axis in (axes[0], *axes[2:]):
+            call.mix(axis)
     return [axes, *[[axes[1]] if output.numel() else [fresh(size) for size in output.shape] for output in call.outputs[1:]]]
 
 
@@ -618,11 +642,60 @@ def group_norm(call: Call) -> list[Axes]:
     """Statistics over the channels of each group and all positions: groups are independent, their channels are not."""
     axes, groups = _input(call), call.arg(6, "group")
     outer, inner = factor(axes[1], groups)
-    freeze(inner, f"a statistic of each group at {call.site}")
+    if groups == 1:
+        call.mix(inner)
+    else:
+        freeze(inner, f"a statistic of each group at {call.site}")
     for given in call.args[1:3]:
         if isinstance(given, Tensor):
             call.link(axes[1], call.axes_of(given)[0])
     return [axes, *[[axes[0], outer] for _ in call.outputs[1:]]]
+
+
+@op_rule("aten.pixel_shuffle", "aten.col2im")
+def fold(call: Call) -> list[Axes]:
+    """Channels that hold a window of positions each, spread out over the image."""
+    axes, shape = _input(call), call.outputs[0].shape
+    channels, window = factor(axes[1], shape[1])
+    freeze(window, f"a window of positions at {call.site}")
+    for axis in axes[2:]:
+        freeze(axis, f"positions of an image at {call.site}")
+    return [[axes[0], channels, *(_image_axis(call, size) for size in shape[2:])]]
+
+
+@op_rule("aten.pixel_unshuffle", "aten.im2col")
+def unfold(call: Call) -> list[Axes]:
+    """Windows of positions gathered into channels, which keep them together."""
+    axes, shape = _input(call), call.outputs[0].shape
+    for axis in axes[2:]:
+        freeze(axis, f"positions of an image at {call.site}")
+    window = fresh(shape[1] // length(axes[1]), f"a window of positions at {call.site}")
+    return [[axes[0], (*axes[1], *window), *(_image_axis(call, size) for size in shape[2:])]]
+
+
+def _image_axis(call: Call, size: int) -> Axis:
+    axis = fresh(size, f"positions of an image at {call.site}")
+    mark(axis, label="tokens")
+    return axis
+
+
+@op_rule("aten.unfold")
+def windows(call: Call) -> list[Axes]:
+    """Overlapping runs of positions of one axis, which is kept whole, along a new last axis."""
+    axes, dim, output = _input(call), call.arg(1, "dimension"), call.outputs[0]
+    dim %= len(axes)
+    freeze(axes[dim], f"a window of positions at {call.site}")
+    axes[dim] = _image_axis(call, output.shape[dim])
+    return [[*axes, _image_axis(call, output.shape[-1])]]
+
+
+@op_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call) -> list[Axes]:
+    """Channels of `groups` groups, in turn."""
+    axes = _input(call)
+    outer, inner = factor(axes[1], call.arg(1, "groups"))
+    axes[1] = (*inner, *outer)
+    return [axes]
 
 
 @op_rule("aten.linalg_solve_triangular", "aten.linalg_inv_ex", "aten.triangular_solve")
@@ -725,6 +798,8 @@ def ordered(call: Call) -> list[Axes]:
     axes, reason = _input(call), f"positions see each other at {call.site}"
     if call.name in ("aten.tril", "aten.triu"):
         touched = [len(axes) - 2, len(axes) - 1]
+    elif call.name == "aten.roll":
+        touched = _dims(call, call.arg(2, "dims"), len(axes))
     else:
         touched = _dims(call, call.arg(1, "dim", -1), len(axes))
     for dim in touched:

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length
+from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
-from resect.graph.groups import Graph, Operation
+from resect.graph.groups import Frame, Graph, Operation
+from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
 
 EXAMPLE_SHAPE = (2, 7)
@@ -73,7 +74,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     if not fake:
         recorder.vocabulary.refuse("the network's code looks at the values of tensors")
     try:
-        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder:
+        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder, Sizes(recorder.known):
             output = torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
         if fake and any(type(cause).__name__ in DATA_DEPENDENT for cause in _causes(problem)):
@@ -96,6 +97,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         recorder.statistics,
         recorder.flow,
         recorder.tokens,
+        recorder.frames,
         (args, kwargs),
         fake,
     )
@@ -268,6 +270,7 @@ class Recorder(Watcher):
         self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
         self.vocabulary = Vocabulary()
+        self.frames: dict[str, Frame] = {}
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
         self._values: dict[int, int] = {}
@@ -291,6 +294,10 @@ class Recorder(Watcher):
             axes = [fresh(size, "an input of the network") for size in tensor.shape]
             if _is_text(tensor) and tensor.shape == shape:
                 axes[:2] = [(batch,), (tokens,)]
+            if _is_image(tensor):
+                self._chained = True
+                for axis in axes[2:]:
+                    mark(axis, label="tokens")
             self._axes[id(tensor)] = (tensor, axes)
         self.tokens = {"batch": batch, "tokens": tokens}
 
@@ -341,8 +348,21 @@ class Recorder(Watcher):
         """Notes where in the flow of data a module begins."""
         self._starts.append(len(self.flow.steps))
 
+    def known(self, tensor: Tensor) -> rules.Axes | None:
+        """The axes of a tensor that was seen already."""
+        return self._axes[id(tensor)][1] if id(tensor) in self._axes else None
+
+    def _frame(self, inputs: Any, output: Any) -> Frame:
+        """The axes of the tensors that go into a module and come out, none for anything else."""
+        entering, leaving = (torch.utils._pytree.tree_leaves(value) for value in (inputs, output))
+        return Frame(*([self._tuple(value) for value in values] for values in (entering, leaving)))
+
+    def _tuple(self, value: Any) -> tuple[Axis, ...]:
+        return tuple(self.axes_of(value)) if isinstance(value, Tensor) else ()
+
     def left(self, path: str, inputs: Any, output: Any) -> None:
         """Notes what went into a module and what came out."""
+        self.frames[path] = self._frame(inputs, output)
         entering, leaving = _tensors(inputs), _tensors(output)
         self.flow.visits.append(
             Visit(
@@ -406,6 +426,11 @@ def _logits(value: Any) -> Tensor | None:
         return logits
     tensors = _tensors(value)
     return tensors[0] if len(tensors) == 1 else None
+
+
+def _is_image(tensor: Tensor) -> bool:
+    """Whether a tensor looks like images [batch, channels, height, width]."""
+    return tensor.is_floating_point() and tensor.ndim == 4
 
 
 def _tensors(value: Any) -> list[Tensor]:

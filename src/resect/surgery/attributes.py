@@ -19,26 +19,33 @@ from typing import Any
 from torch import nn
 
 from resect.errors import ModelError
-from resect.graph import Blocks, Graph, Group, Replay
+from resect.graph import Blocks, Graph, Group, Replay, kept_length, length
 from resect.plan import Plan
 from resect.surgery.modeling_resect import followers, set_attributes
-from resect.surgery.positions import changed
+from resect.surgery.positions import changed, kept_positions
 
 Attributes = dict[str, dict[str, Any]]
 Census = dict[type[nn.Module], list[tuple[str, int | None, nn.Module, dict[str, int]]]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
+GROUPS = ("groups", "num_groups")
+"""Attributes that say into how many groups of channels the leading axis of a weight falls."""
 RUNS = 1000
 """Replays after which the search gives up."""
+STUCK = 400
+"""Replays in a row that get no further, after which it gives up, too."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """An attribute that is `offset + units * multiple` of the group of one name in each block, in every module of a class."""
+    """An attribute that is `offset + units * multiple` of the group at one place, in every module of a class.
+
+    The place is an axis of a parameter inside the module or, where the group has none there, the group's name in its block.
+    """
 
     module_type: type[nn.Module]
     attribute: str
-    group: str
+    group: str | tuple[str, int]
     multiple: int
     offset: int = 0
 
@@ -52,21 +59,22 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     lost = list(changed(graph, plan))
     groups = [(group, len(keep)) for group, keep in lost]
     found = _layer_sizes(model, shapes)
-    for path, values in _normalised_shapes(model, graph, {group.name: count for group, count in groups}).items():
-        found.setdefault(path, {}).update(values)
-    for path, values in _expert_counts(model, groups).items():
+    counted = (_expert_counts(model, groups), group_counts(model, graph, plan), _normalised_shapes(model, graph, groups))
+    for path, values in (item for attributes in counted for item in attributes.items()):
         found.setdefault(path, {}).update(values)
     removed = {group.name: group.units - count for group, count in groups}
     search = Search(model, graph.blocks, Replay(model, graph, removed, shapes), groups, _census(model, graph.blocks))
     reached, where = search.run(found)
     if reached < inf and Replay(model, graph, {}, {}).run()[0] < inf:
         raise ModelError(f"{type(model).__name__} changed itself when it ran; trace it again.")
-    solved = search.solve(found, reached, where)
+    solved = search.deepen(found, reached, where)
     if solved is None:
         kinds = ", ".join(sorted({group.kind for group, _ in groups}))
+        near = [group.name for group in _around(search.where, [group for group, _ in groups])]
         raise ModelError(
             f"{type(model).__name__} cannot be cut this way: its code in {search.where or 'the model'} does not take the new "
-            f"sizes ({search.problem}). Leave out {kinds} of this model, or keep that module whole."
+            f"sizes ({search.problem}). Leave out {kinds} of this model, or keep that module whole.",
+            near,
         )
     return solved
 
@@ -81,6 +89,7 @@ class Search:
     groups: list[tuple[Group, int]]
     census: Census
     runs: int = 0
+    stuck: int = 0
     furthest: float = -1
     where: str = ""
     problem: str = ""
@@ -91,33 +100,44 @@ class Search:
         trial = repr(sorted((path, sorted(values.items())) for path, values in attributes.items()))
         if trial not in self.known:
             self.runs += 1
+            self.stuck += 1
             with _attributes_set(self.model, attributes):
                 reached, where, problem = self.replay.run()
             if reached > self.furthest:
-                self.furthest, self.where, self.problem = reached, where, problem
+                self.furthest, self.where, self.problem, self.stuck = reached, where, problem, 0
             self.known[trial] = reached, where
         return self.known[trial]
 
-    def solve(self, found: Attributes, reached: float, where: str) -> Attributes | None:
-        """The attributes with which the network runs through, or None."""
+    def deepen(self, found: Attributes, reached: float, where: str) -> Attributes | None:
+        """The attributes with which the network runs through, or None; one at a time at first, then more at once."""
+        for most in range(1, AT_ONCE + 1):
+            self.stuck = 0
+            solved = self._solve(found, reached, where, most)
+            if solved is not None:
+                return solved
+        return None
+
+    def _solve(self, found: Attributes, reached: float, where: str, most: int) -> Attributes | None:
         if reached == inf:
             return found
-        for trials in self._better(found, reached, where):
+        for trials in self._better(found, reached, where, most):
             for further, at, trial in sorted(trials, key=lambda item: -item[0]):
-                solved = self.solve(trial, further, at)
+                solved = self._solve(trial, further, at, most)
                 if solved is not None:
                     return solved
         return None
 
-    def _better(self, found: Attributes, reached: float, where: str) -> Iterator[list[tuple[float, str, Attributes]]]:
+    def _better(self, found: Attributes, reached: float, where: str, most: int) -> Iterator[list[tuple[float, str, Attributes]]]:
         """Trials that get further, by the number of attributes and then by how far around `where` these were looked for."""
         path = where.split(".") if where else []
-        for count in range(1, AT_ONCE + 1):
+        for count in range(1, most + 1):
             for depth in range(len(path), -1, -1):
                 roles = list(dict.fromkeys(_candidates(self.model, self.blocks, ".".join(path[:depth]), self.groups)))
+                if count > 1:  # a module that reads its configuration while it runs reads one number at a time
+                    roles = [role for role in roles if not role.attribute.startswith("config.")]
                 better = []
                 for chosen in combinations(roles, count):
-                    if self.runs >= RUNS:
+                    if self.runs >= RUNS or self.stuck >= STUCK:
                         return
                     trial = found
                     for role in chosen:
@@ -142,14 +162,16 @@ def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attribute
     return found
 
 
-def _normalised_shapes(model: nn.Module, graph: Graph, kept: Mapping[str, int]) -> Attributes:
+def _normalised_shapes(model: nn.Module, graph: Graph, groups: list[tuple[Group, int]]) -> Attributes:
     """The shape that a normalisation without weights insists on."""
+    counts = {group.name: count for group, count in groups}
+    kept = {atom: counts.get(name, atom.size) for atom, name in graph.witness.groups.items()}
     found: Attributes = {}
-    for path, statistic in graph.statistics.items():
+    for path, frame in graph.witness.frames.items():
         module = model.get_submodule(path)
-        lost = sum((len(place) - kept[name]) * place.shape[1] for name, place in statistic.places.items() if name in kept)
-        if lost and tuple(getattr(module, "normalized_shape", ())) == (statistic.size,) and not list(module.parameters()):
-            found[path] = {"normalized_shape": [statistic.size - lost]}
+        over = frame.entering[0][-1:]
+        if tuple(getattr(module, "normalized_shape", ())) == tuple(map(length, over)) and not list(module.parameters()):
+            found[path] = {"normalized_shape": [kept_length(axis, kept) for axis in over]}
     return found
 
 
@@ -167,6 +189,20 @@ def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attribu
     return found
 
 
+def group_counts(model: nn.Module, graph: Graph, plan: Plan) -> Attributes:
+    """The groups that are left of grouped convolutions and group norms: those that keep any of their channels."""
+    found: Attributes = {}
+    for name, axes in kept_positions(graph, plan).items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        for attribute in GROUPS:
+            count = getattr(module, attribute, None)
+            if leaf == "weight" and 0 in axes and type(count) is int and count > 1 and not getattr(module, "transposed", False):
+                left = len((axes[0] // (graph.shapes[name][0] // count)).unique())
+                found[path] = {attribute: left} if left != count else {}
+    return found
+
+
 def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple[Group, int]]) -> Iterator[Role]:
     """Attributes of a module, and of its configuration, that count the units of a group that shrinks around it.
 
@@ -174,20 +210,21 @@ def _candidates(model: nn.Module, blocks: Blocks, where: str, groups: list[tuple
     """
     layer = blocks.layer_of(where)
     near = [group for group, _ in groups if group.layer in (None, layer)] or [group for group, _ in groups]
-    near.sort(key=lambda group: not any(f".{member.parameter}".startswith(f".{where}.") for member in group.members))
+    near = _around(where, near)
     module = model.get_submodule(where)
     near = [group for group in near if _concerns(group, module, where)]
     beside = []
     for name, value in _integers(module):
         for group in near:
             multiple, rest = divmod(value, group.units)
+            place = _place(group, where, blocks)
             widths = {member.index.shape[1] for member in group.members}
             if not rest and any(width % multiple == 0 for width in widths):
-                yield Role(type(module), name, _within_block(group, blocks), multiple)
+                yield Role(type(module), name, place, multiple)
             for width in sorted(widths):
                 if value > group.units * width and not name.startswith("config."):
                     offset = value - group.units * width
-                    beside.append(Role(type(module), name, _within_block(group, blocks), width, offset))
+                    beside.append(Role(type(module), name, place, width, offset))
     yield from beside
 
 
@@ -219,16 +256,41 @@ def _census(model: nn.Module, blocks: Blocks) -> Census:
 def _apply(census: Census, blocks: Blocks, role: Role, groups: list[tuple[Group, int]], found: Attributes) -> Attributes:
     """The attributes with a role given to every module of its class, each with the units that its own block keeps."""
     result = {path: dict(values) for path, values in found.items()}
-    kept: dict[int | None, tuple[Group | None, int]] = {
-        group.layer: (group, count) for group, count in groups if _within_block(group, blocks) == role.group
-    }
+    kept = {group.layer: (group, count) for group, count in groups if _within_block(group, blocks) == role.group}
+    placed: dict[tuple[str, int], list[tuple[Group, int]]] = {}
+    for group, count in groups:
+        for member in group.members:
+            placed.setdefault((member.parameter, member.axis), []).append((group, count))
     for path, layer, module, integers in census[role.module_type]:
-        group, count = kept.get(layer, kept.get(None, (None, 0)))
-        if group is None or not _concerns(group, module, path):
-            continue
-        if integers.get(role.attribute) == role.offset + group.units * role.multiple:
-            result.setdefault(path, {})[role.attribute] = role.offset + count * role.multiple
+        if isinstance(role.group, str):
+            near = [kept[number] for number in (layer, None) if number in kept][:1]
+            near = [(group, count) for group, count in near if _concerns(group, module, path)]
+        else:
+            near = placed.get((f"{path}.{role.group[0]}".removeprefix("."), role.group[1]), [])
+        for group, count in near:
+            if integers.get(role.attribute) == role.offset + group.units * role.multiple:
+                result.setdefault(path, {})[role.attribute] = role.offset + count * role.multiple
     return result
+
+
+def _around(where: str, groups: list[Group]) -> list[Group]:
+    """The groups that have to do with a module: with parameters in it, or else in the closest module around it."""
+    path = where.split(".") if where else []
+    for depth in range(len(path), 0, -1):
+        inside = ".".join(path[:depth]) + "."
+        touching = [group for group in groups if any(member.parameter.startswith(inside) for member in group.members)]
+        if touching:
+            return touching
+    return groups
+
+
+def _place(group: Group, where: str, blocks: Blocks) -> str | tuple[str, int]:
+    """Where a group is found in the likes of a module: by an axis of a parameter inside it, or by its name in its block."""
+    inside = f"{where}." if where else ""
+    for member in group.members:
+        if member.parameter.startswith(inside):
+            return member.parameter.removeprefix(inside), member.axis
+    return _within_block(group, blocks)
 
 
 def _within_block(group: Group, blocks: Blocks) -> str:

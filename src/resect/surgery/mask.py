@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from resect.graph import Contest, Graph, Watcher, trace
+from resect.graph.atoms import Axis, coordinates, length
 from resect.plan import Plan
-from resect.surgery.modeling_resect import first_tensor, set_tensor
+from resect.surgery.attributes import group_counts
+from resect.surgery.modeling_resect import first_tensor, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers, take
 
 
@@ -48,7 +50,7 @@ def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator
 def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
     parameters = tensors(model)
     narrowed = [
-        _narrow(model.get_submodule(path), path, graph, plan)
+        _narrow(model, path, graph, plan)
         for path in dict.fromkeys(path for group, _ in changed(graph, plan) for path in group.mixed)
     ]
     with torch.no_grad():
@@ -135,28 +137,65 @@ class Losing(Watcher):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _narrow(module: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
+def _narrow(model: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
     """Makes a normalisation compute over the positions that stay, and put zeros elsewhere."""
-    statistic = graph.statistics[path]
-    gone = torch.zeros(statistic.size, dtype=torch.bool)
-    for group, stays in changed(graph, plan):
-        if group.name in statistic.places:
-            gone[statistic.places[group.name][missing(group.units, stays)].flatten()] = True
-    keep = (~gone).nonzero().flatten()
+    frame = graph.witness.frames[path]
+    lost = {group.name: missing(group.units, keep) for group, keep in changed(graph, plan)}
+    entering, leaving = ([_staying(axes, graph, lost) for axes in given] for given in (frame.entering, frame.leaving))
+    sizes = {
+        length(axes[place]): len(stays)
+        for axes, keep in zip(frame.entering, entering, strict=True)
+        for place, stays in keep.items()
+    }
+    small = _small(model, path, graph, plan, sizes)
+
+    def narrow(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        values, structure = tree_flatten((inputs, keywords))
+        taken, named = tree_unflatten(map(_taken, values, entering), structure)
+        whole, structure = tree_flatten(output)
+        return tree_unflatten(map(_scattered, tree_leaves(small(*taken, **named)), leaving, whole), structure)
+
+    return model.get_submodule(path).register_forward_hook(narrow, with_kwargs=True)
+
+
+def _small(model: nn.Module, path: str, graph: Graph, plan: Plan, sizes: Mapping[int, int]) -> nn.Module:
+    """A copy of a module as it will be after the cut, in which axes of some sizes get others."""
+    inside = {
+        name.removeprefix(f"{path}."): axes for name, axes in kept_positions(graph, plan).items() if name.startswith(f"{path}.")
+    }
+    module = model.get_submodule(path)
     small = copy.deepcopy(module)
+    flat = all(len(graph.shapes[f"{path}.{name}"]) == 1 for name in inside)
     for name, value in vars(module).items():  # some norms note their width, and insist on it
-        if value in (statistic.size, (statistic.size,)) and type(value) in (int, tuple):
-            setattr(small, name, len(keep) if type(value) is int else (len(keep),))
-    for name, axes in kept_positions(graph, plan).items():
-        if name.startswith(f"{path}."):
-            weight = name.removeprefix(f"{path}.")
-            set_tensor(small, weight, take(small.get_parameter(weight).detach(), axes))
+        if flat and type(value) in (int, tuple) and value in {*sizes, *((size,) for size in sizes)}:
+            setattr(small, name, sizes[value] if type(value) is int else (sizes[value[0]],))
+    for name, axes in inside.items():
+        set_tensor(small, name, take(tensors(small)[name].detach(), axes))
+    set_attributes(small, {"": group_counts(model, graph, plan).get(path, {})})
+    return small
 
-    def narrow(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
-        index, width = keep.to(output.device), output.shape[-1]
-        taken, named = tree_map_only(
-            Tensor, lambda given: given.index_select(-1, index) if given.shape[-1:] == (width,) else given, (inputs, keywords)
-        )
-        return torch.zeros_like(output).index_copy(-1, index, small(*taken, **named))
 
-    return module.register_forward_hook(narrow, with_kwargs=True)
+def _staying(axes: Sequence[Axis], graph: Graph, lost: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The positions that stay of every axis that loses some."""
+    found: dict[int, Tensor] = {}
+    for place, axis in enumerate(axes):
+        gone = torch.zeros(length(axis), dtype=torch.bool)
+        for atom, coordinate in coordinates(axis).items():
+            name = graph.witness.groups.get(atom, "")
+            if name in lost:
+                gone |= lost[name][coordinate] & (coordinate >= 0)
+        if gone.any():
+            found[place] = (~gone).nonzero().flatten()
+    return found
+
+
+def _taken(value: Any, keep: Mapping[int, Tensor]) -> Any:
+    return take(value, keep) if isinstance(value, Tensor) else value
+
+
+def _scattered(value: Any, keep: Mapping[int, Tensor], whole: Any) -> Any:
+    """A tensor with zeros where positions are missing."""
+    for axis, index in keep.items():
+        shape = [*value.shape[:axis], whole.shape[axis], *value.shape[axis + 1 :]]
+        value = value.new_zeros(shape).index_copy(axis, index.to(value.device), value)
+    return value

@@ -1,0 +1,127 @@
+"""Sizes that remember whose they are: what a network computes from the size of one axis decides the size of another.
+
+`x.reshape(batch, tokens, 3, heads, channels // heads)` takes a size off one tensor and gives it to another. Operators see
+plain numbers; here the numbers keep the axis they come from until they are used, and both axes are cut together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import multi_head_attention_forward
+from torch.overrides import TorchFunctionMode
+
+from resect.graph.atoms import Axis, Misaligned, factor, freeze, join, leaves, length, narrow
+
+VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
+
+
+class Size(int):
+    """The number of positions of an axis, or a whole part of it: the size divided by `parts`."""
+
+    axis: Axis
+    parts: int
+
+    def __new__(cls, value: int, axis: Axis, parts: int = 1) -> Size:
+        """The number with what it remembers."""
+        size = super().__new__(cls, value)
+        size.axis, size.parts = axis, parts
+        return size
+
+    def __floordiv__(self, other: Any) -> Any:
+        """A part of a size remembers it too."""
+        result = int(self) // other
+        exact = isinstance(other, int) and not isinstance(other, Size) and other > 0 and int(self) % other == 0
+        return Size(result, self.axis, self.parts * int(other)) if exact else result
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._number() / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._number()
+
+    def __pow__(self, other: Any, modulus: None = None) -> Any:  # type: ignore[override]
+        return self._number() ** other
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+    def _number(self) -> int:
+        """The plain number: what is computed from it changes with the size, so the axis is kept whole."""
+        if self.axis:
+            freeze(self.axis, "its size is a number that the network computes with")
+        return int(self)
+
+
+class Sizes(TorchFunctionMode):
+    """Hands out sizes that remember their axis, and unites the axes of what is made with them."""
+
+    def __init__(self, axes_of: Callable[[Tensor], Sequence[Axis] | None]) -> None:
+        super().__init__()
+        self._axes_of = axes_of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one function."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is Tensor.size or getattr(func, "__self__", None) is Tensor.shape:
+            return self._remembered(args[0], result, args[1] if len(args) > 1 else kwargs.get("dim"))
+        if func in VIEWS:
+            given = args[1:] or tuple(kwargs.values())
+            self._viewed(result, given[0] if given and isinstance(given[0], Sequence) else given)
+        elif func is multi_head_attention_forward and args[5] is not None:
+            self._attended(args[0], args[5])
+        return result
+
+    def _remembered(self, tensor: Tensor, found: Any, dim: int | None) -> Any:
+        axes = self._axes_of(tensor)
+        if axes is None:
+            return found
+        if dim is not None:
+            return Size(found, axes[dim])
+        return torch.Size([Size(size, axis) for size, axis in zip(found, axes, strict=True)])
+
+    def _viewed(self, result: Tensor, shape: Sequence[Any]) -> None:
+        axes = self._axes_of(result)
+        if axes is None or len(axes) != len(shape):
+            return
+        for place, size in enumerate(shape):
+            if isinstance(size, Size) and size.axis:
+                _unite(size.axis, _whole(axes, place, size.parts))
+
+    def _attended(self, query: Tensor, projection: Tensor) -> None:
+        """Torch's own attention takes the width of all heads from the width of what comes in."""
+        stream, inner = self._axes_of(query), self._axes_of(projection)
+        if stream is not None and inner is not None:
+            _unite(stream[-1], narrow(inner[0], 0, length(stream[-1])))
+
+
+def _whole(axes: Sequence[Axis], place: int, parts: int) -> Axis:
+    """The axis that a part belongs to: with the axis beside it that counts the parts; empty if none does."""
+    if parts == 1:
+        return axes[place]
+    before, after = (axes[other] if 0 <= other < len(axes) else () for other in (place - 1, place + 1))
+    if length(before) == parts:
+        return (*before, *axes[place])
+    if length(after) == parts:
+        return (*axes[place], *after)
+    if before and length(before) % parts == 0:
+        with suppress(Misaligned):
+            return (*factor(before, length(before) // parts)[1], *axes[place])
+    return ()
+
+
+def _unite(left: Axis, right: Axis) -> None:
+    if leaves(left) == leaves(right):
+        return
+    try:
+        join(left, right)
+    except Misaligned:
+        freeze((*left, *right), "one decides the size of the other, and they cannot be matched")

@@ -1,0 +1,1 @@
+"""Image classification networks of torchvision and timm."""
