@@ -88,9 +88,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "*Verified*: a random plan for each kind on a small model with random weights; the largest difference between cut and",
         "masked logits is at most 1e-4 of their standard deviation, in float32. *Refused*: the network's own code cannot take",
-        "the new sizes, and surgery says so; *left out*: the same of single groups, the others of their kind were cut. *Prunable*: the",
-        "share of the block parameters in use that heads, channels and experts hold together; decoders of encoder-decoders do not",
-        "use their cross-attention when they run alone. Each type is made small by rules (tests/zoo/shrink.py).",
+        "the new sizes, and surgery says so; *left out*: the same of single groups, the others of their kind were cut.",
+        "*Prunable*: the share of the block parameters in use that heads, channels and experts hold together; decoders of",
+        "encoder-decoders do not use their cross-attention when they run alone. Each type is made small by rules",
+        "(tests/zoo/shrink.py).",
     ]
     head = ["type", *kinds, "prunable", "verified", "seconds", "notes"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -5,7 +5,7 @@ from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
-from resect.graph.trace import Replay, Watcher, trace
+from resect.graph.trace import Replay, Watcher, retrace, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "kept_length",
     "length",
     "op_rule",
+    "retrace",
     "trace",
 ]

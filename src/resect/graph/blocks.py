@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -93,10 +93,14 @@ def _beside(model: nn.Module, path: str, order: Mapping[str, int]) -> list[str]:
         where = f"{parent}.{name}" if parent else name
         if where == path or not isinstance(module, nn.ModuleList) or len(module) != len(turns) or len(turns) < 2:
             continue
-        between = _turns(model, where, order)
-        if all(left < turn < right for (left, right), turn in zip(pairwise(turns), between, strict=False)):
+        others = _turns(model, where, order)
+        if _alternate(turns, others) or _alternate(others, turns):
             found.append(where)
     return found
+
+
+def _alternate(turns: Sequence[int], others: Sequence[int]) -> bool:
+    return all(left < turn < right for (left, right), turn in zip(pairwise(turns), others, strict=False))
 
 
 def _turns(model: nn.Module, path: str, order: Mapping[str, int]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +56,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
         return _traced(model, example_inputs, fake=True)
     except _LooksAtData:
         return _traced(model, example_inputs, fake=False)
+
+
+def retrace(model: nn.Module, graph: Graph) -> Graph:
+    """The graph of a network that changed itself since it was traced, from the same example."""
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        FakeTensor, lambda given: torch.zeros(tuple(given.shape), dtype=given.dtype), graph.witness.example
+    )
+    return trace(model, kwargs or args)
 
 
 def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from resect.errors import ModelError, UsageError
-from resect.graph import VOCABULARY, Graph, Replay, kept_length, trace
+from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
 from resect.surgery.modeling_resect import Silent, remove, resize, set_attributes, set_tensor
@@ -63,7 +63,7 @@ def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     except ModelError:
         if Replay(model, graph, {}, {}).run()[0] == inf:
             raise
-    return _record(model, plan, trace(model))
+    return _record(model, plan, retrace(model, graph))
 
 
 def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
