@@ -55,9 +55,9 @@ class Row:
         return not self.problem and not self.refused and all(value <= TOLERANCE for value in self.differences.values())
 
 
-def examine(model_type: str, *, seed: int = 0) -> Row:
-    """Traces the small model of a type on the meta device, then cuts a real one, kind by kind."""
-    row = Row(model_type)
+def examine(model_type: str, *, seed: int = 0, row: Row | None = None) -> Row:
+    """Traces the small model of a type on the meta device, then cuts a real one, kind by kind; fills in `row` if given."""
+    row = row or Row(model_type)
     start = time.perf_counter()
     try:
         graph = resect.trace(build(model_type))

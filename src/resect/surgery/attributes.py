@@ -30,8 +30,8 @@ AT_ONCE = 3
 """How many attributes of one module may have to change together."""
 GROUPS = ("groups", "num_groups")
 """Attributes that say into how many groups of channels the leading axis of a weight falls."""
-RUNS = 1000
-"""Replays after which the search gives up."""
+OPERATORS = 150_000
+"""Operators replayed in all after which the search gives up: a long network gets fewer trials."""
 STUCK = 400
 """Replays in a row that get no further, after which it gives up, too."""
 
@@ -88,7 +88,7 @@ class Search:
     replay: Replay
     groups: list[tuple[Group, int]]
     census: Census
-    runs: int = 0
+    spent: int = 0
     stuck: int = 0
     furthest: float = -1
     where: str = ""
@@ -99,10 +99,10 @@ class Search:
         """How many operators of the cut network agree with the coupling, and where the first one does not; inf when all do."""
         trial = repr(sorted((path, sorted(values.items())) for path, values in attributes.items()))
         if trial not in self.known:
-            self.runs += 1
             self.stuck += 1
             with _attributes_set(self.model, attributes):
                 reached, where, problem = self.replay.run()
+            self.spent += 1 if reached == inf else int(reached) + 1
             if reached > self.furthest:
                 self.furthest, self.where, self.problem, self.stuck = reached, where, problem, 0
             self.known[trial] = reached, where
@@ -137,7 +137,7 @@ class Search:
                     roles = [role for role in roles if not role.attribute.startswith("config.")]
                 better = []
                 for chosen in combinations(roles, count):
-                    if self.runs >= RUNS or self.stuck >= STUCK:
+                    if self.spent >= OPERATORS or self.stuck >= STUCK:
                         return
                     trial = found
                     for role in chosen:
