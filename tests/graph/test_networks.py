@@ -77,6 +77,21 @@ def head(channels: int) -> nn.Sequential:
 
 
 IMAGE = (2, 3, 8, 8)
+class Puts(nn.Module):
+    """Puts other numbers into every second row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.other, self.leave = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, 5] to [rows, 4]."""
+        hidden = self.enter(x)
+        second = torch.arange(0, len(x), 2)
+        hidden[second] = self.other(x)[second]
+        return self.leave(hidden)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] = {  # network, input, sizes of its groups
     "residual": (lambda: nn.Sequential(nn.Conv2d(3, 10, 3), Residual(10, 12), nn.MaxPool2d(2), head(10)), IMAGE, {10, 12}),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(3, 10, 3), Residual(10, 12, groups=12), head(10)), IMAGE, {10, 12}),
@@ -92,6 +107,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] =
     "experts, softmax": (lambda: Experts(lambda logits: logits.softmax(-1)), (13, 6), {5, 9}),
     "experts, sigmoid": (lambda: Experts(torch.sigmoid), (13, 6), {5, 9}),
     "looks at values": (Picks, (3, 5), {12}),
+    "puts rows": (Puts, (7, 5), {12}),
 }
 
 

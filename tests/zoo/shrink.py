@@ -76,7 +76,6 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "blt": {"decoder_config": {"hidden_size_global": WIDTH}, "encoder_hash_byte_group_vocab": 211},
     "dots3_note": {"num_key_value_heads": HEADS, "head_dim": 2 * HEAD},
     "dots3_note_text": {"num_key_value_heads": HEADS, "head_dim": 2 * HEAD},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "musicgen": {"decoder": {"num_codebooks": 1}},
     "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "qwen4_exp": {"text_config": INDEXER},
@@ -89,12 +88,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 def shrink(model_type: str) -> PreTrainedConfig:
     """The small configuration of a type. Raises whatever the type's own validation raises."""
     config_class = CONFIG_MAPPING[model_type]
-    over = OVERRIDES.get(model_type, {})
-    try:
-        values = config_class().to_dict()
-    except ValueError:  # a type whose own defaults do not fit together
-        values = config_class(**over).to_dict()
-    return config_class.from_dict(overlaid(small(values), over))
+    return config_class.from_dict(overlaid(small(config_class().to_dict()), OVERRIDES.get(model_type, {})))
 
 
 def overlaid(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

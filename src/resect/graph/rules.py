@@ -776,6 +776,21 @@ def scatter(call: Call) -> list[Axes]:
     return [axes]
 
 
+@op_rule("aten.index_put", "aten._unsafe_index_put")
+def index_put(call: Call) -> list[Axes]:
+    """Values put at places that data names, along leading axes, which are kept whole; the others pairwise."""
+    axes, values = _input(call), call.axes_of(call.args[2])
+    covered = 0
+    for index in call.args[1]:
+        if index is None:
+            raise Misaligned("places along axes that are not the leading ones")
+        covered += index.ndim if index.dtype == torch.bool else 1
+    for axis in axes[:covered]:
+        freeze(axis, f"positions are looked up at {call.site}")
+    _link_trailing(call, axes[covered:], values)
+    return [axes]
+
+
 @op_rule("aten.masked_scatter", "aten.masked_scatter_")
 def masked_scatter(call: Call) -> list[Axes]:
     """Rows of a source put at masked places: where the mask is the same along the last axis, that axis is one in both."""
