@@ -39,7 +39,14 @@ class UnitRow(Record):
     of_model: float = 0.0
     whole: bool = False
     """Whether a unit is a module and all that is in it, such as a block."""
+    module: str = ""
+    """The module in a block that a unit is, such as `self_attn`."""
     members: list[MemberRow] = []
+
+    @property
+    def title(self) -> str:
+        """The kind, and the module if the units are one in every block."""
+        return f"{self.kind} {self.module}".strip()
 
 
 class KindShare(Record):
@@ -120,6 +127,7 @@ def _unit_rows(graph: Graph, kind: str) -> list[UnitRow]:
                 parameters=gone,
                 of_model=gone / max(dense, 1),
                 whole=_is_whole(groups[0]),
+                module=graph.blocks.within(groups[0].name) if _is_whole(groups[0]) else "",
                 members=_member_rows(graph, groups),
             )
         )

@@ -59,7 +59,7 @@ def _grow(tree: Tree, row: UnitRow, found: Inspection, colour: dict[str, str]) -
     several = row.groups / max(len(_numbers(row.layers)), 1)
     count = f"{several:g} x " if several > 1 else ""
     text = Text.assemble(
-        (row.kind, f"bold {colour[row.kind]}"),
+        (row.title, f"bold {colour[row.kind]}"),
         f"  {count}{'each' if row.whole else f'{row.units:,} units'} of {row.unit_parameters:,} parameters, "
         f"{row.of_model:.1%} of the model",
     )
@@ -171,7 +171,7 @@ class Drawing:
         """A group as an oval, with its edges to the modules in some clusters; a whole block is a word alone."""
         colour = self._colour[row.kind]
         count = "each" if row.whole else f"{row.units:,} units"
-        label = f"{row.kind}\n{count} of {row.unit_parameters:,} parameters\n{row.of_model:.1%} of the model"
+        label = f"{row.title}\n{count} of {row.unit_parameters:,} parameters\n{row.of_model:.1%} of the model"
         look = f"shape=oval, style=filled, fillcolor={_quoted(colour + '22')}, color={_quoted(colour)}"
         for member in row.members if not row.whole else ():
             inside = set(_numbers(member.layers))

@@ -104,7 +104,7 @@ def _unit_table(found: Inspection) -> Table:
         table.add_column(column, justify="left" if column in ("kind", "layers") else "right", overflow="fold")
     for row in found.units:
         layers = row.layers or "all"
-        table.add_row(row.kind, layers, str(row.groups), f"{row.units:,}", f"{row.unit_parameters:,}")
+        table.add_row(row.title, layers, str(row.groups), f"{row.units:,}", f"{row.unit_parameters:,}")
     return table
 
 
