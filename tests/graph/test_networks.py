@@ -18,9 +18,9 @@ from tests.models import random_plan
 class Experts(nn.Module):
     """A router that picks two of five experts for every position, one tensor holding all experts' weights."""
 
-    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, score: Callable[[Tensor], Tensor], used: Callable[[Tensor], Tensor] = lambda chosen: chosen) -> None:
         super().__init__()
-        self.score = score
+        self.score, self.used = score, used
         self.enter = nn.Linear(6, 6)
         self.router = nn.Linear(6, 5)
         self.up, self.down = nn.Parameter(torch.randn(5, 6, 9)), nn.Parameter(torch.randn(5, 9, 6))
@@ -33,6 +33,7 @@ class Experts(nn.Module):
         scores = self.score(self.router(hidden))
         chosen = torch.add(scores, self.get_buffer("correction")).topk(2, -1).indices
         weights = scores.gather(1, chosen)
+        chosen = self.used(chosen)
         inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
         outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
         return self.leave(hidden + (outer * weights[..., None]).sum(1))
@@ -160,6 +161,40 @@ def test_a_removed_expert_is_never_chosen() -> None:
         torch.testing.assert_close(resect.cut(model, plan, graph)(x), reference(x))
     assert model.get_parameter("up").shape == (3, 6, 9)
     assert model.get_buffer("correction").shape == (3,)
+
+
+@pytest.mark.parametrize("used", [lambda chosen: chosen.clamp(max=3), lambda chosen: (chosen + 1) % 5, lambda chosen: 4 - chosen])
+def test_experts_stay_whose_numbers_are_computed_with(used: Callable[[Tensor], Tensor]) -> None:
+    graph = resect.trace(lively(lambda: Experts(torch.sigmoid, used)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+    assert any("numbers of positions are used" in frozen.reason for frozen in graph.frozen)
+
+
+class Skipping(Experts):
+    """Has a sixth choice, in which nothing is added."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.sigmoid)
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 9)), nn.Parameter(torch.randn(4, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]; the fifth row of the router stands for no expert."""
+        hidden = self.enter(x)
+        scores = self.router(hidden).sigmoid()
+        weights, chosen = scores[:, :4].topk(2, -1)
+        rest = scores.topk(1, -1).indices
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1) + self.up[rest.clamp(max=3)].sum((1, 3)))
+
+
+def test_experts_stay_that_the_router_counts_otherwise() -> None:
+    model = lively(Skipping)
+    x = torch.randn(13, 6, dtype=torch.float64)
+    graph = resect.trace(model, (x,))
+    for seed in (1, 2, 3):
+        assert_cut_equals_mask(model, graph, x, seed=seed)
+    assert not graph.of_kind("experts")
 
 
 def test_as_many_experts_stay_as_are_chosen_at_a_time() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
 
@@ -60,7 +60,10 @@ def couple(model: nn.Module, run: Run) -> Graph:
         for member in leaf.members
     ]
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_modules()}
-    sublayers = find_sublayers(run.flow, blocks, sizes)
+    taken = {group.name for group in offered.values()}
+    sublayers = [
+        replace(one, name=f"{one.name}.whole") if one.name in taken else one for one in find_sublayers(run.flow, blocks, sizes)
+    ]
     depth = _depth(model, blocks, run.flow, sublayers, parameters)
     owners = _owners(depth, sublayers)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -105,6 +106,12 @@ NUMBERED = frozenset(
 )
 """Operators whose results hold the same numbers as what they take in."""
 
+LOOKUPS = frozenset(
+    f"aten.{name}"
+    for name in ("index", "gather", "index_select", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_")
+)
+"""Operators that take numbers of positions for what they are."""
+
 VIEWS = frozenset(
     f"aten.{name}"
     for name in ("view", "reshape", "detach", "alias", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "unbind")
@@ -134,6 +141,7 @@ def op_rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(call: Call, overload: Any) -> list[Axes]:
     """The axes of a call's outputs, by its rule; without one everything that reaches it is frozen."""
     _watch_text(call)
+    _watch_numbers(call)
     if call.name not in VIEWS:
         for tensor in call.tensors():
             for axis in call.axes_of(tensor):
@@ -153,6 +161,15 @@ def apply(call: Call, overload: Any) -> list[Axes]:
     for output, found in zip(call.outputs, axes, strict=True):
         assert tuple(output.shape) == tuple(map(length, found)), f"rule of {call.name}: {output.shape} against {found}"
     return axes
+
+
+def _watch_numbers(call: Call) -> None:
+    """What is chosen by number may only be looked up: an operator that computes with the numbers keeps all that they count."""
+    if call.name in NUMBERED or call.name in LOOKUPS:
+        return
+    for tensor in call.tensors():
+        if (numbers := call.numbers_of(tensor)) is not None:
+            freeze(numbers, f"numbers of positions are used at {call.site}")
 
 
 def _watch_text(call: Call) -> None:
@@ -254,7 +271,32 @@ def positional_constant(call: Call) -> list[Axes]:
 @op_rule("aten.squeeze", "aten.unsqueeze", "aten.unsqueeze_", "aten.squeeze_", "aten.view_copy")
 def view(call: Call) -> list[Axes]:
     """The same positions in row-major order under another shape."""
-    return [reshape(_input(call), call.outputs[0].shape)]
+    axes, shape = _input(call), call.outputs[0].shape
+    try:
+        return [reshape(axes, shape)]
+    except Misaligned:
+        return [_view_by_parts(call, axes, shape)]
+
+
+def _view_by_parts(call: Call, axes: Axes, shape: Sequence[int]) -> Axes:
+    """Runs of axes that are reshaped by themselves: those that cannot be followed are kept whole, the others pass."""
+    found: Axes = []
+    given, wanted = list(axes), list(shape)
+    while given or wanted:
+        taken, sizes = given[:1], wanted[:1]
+        while prod(map(length, taken)) != prod(sizes) or (not taken and given) or (not sizes and wanted):
+            taken, sizes = (
+                (given[: len(taken) + 1], sizes) if prod(map(length, taken)) < prod(sizes) else (taken, wanted[: len(sizes) + 1])
+            )
+        given, wanted = given[len(taken) :], wanted[len(sizes) :]
+        try:
+            found += reshape(taken, sizes)
+        except Misaligned as problem:
+            reason = f"{problem} at {call.site}"
+            for axis in taken:
+                freeze(axis, reason)
+            found += [fresh(size, reason) for size in sizes]
+    return found
 
 
 @op_rule("aten.permute")
@@ -302,9 +344,14 @@ def slice_axis(call: Call) -> list[Axes]:
         bounds = slice(call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1))
         start, stop, step = bounds.indices(size)
     if step == 1:
-        axes[dim] = narrow(axes[dim], start, max(start, stop)) if stop > start else ()
         if stop <= start:
             raise Misaligned("an empty slice")
+        try:
+            axes[dim] = narrow(axes[dim], start, stop)
+        except Misaligned as problem:
+            reason = f"{problem} at {call.site}"
+            freeze(axes[dim], reason)
+            axes[dim] = fresh(stop - start, reason)
     elif size % step == 0 and start < step and stop > size - step:
         axes[dim], inner = reshape([axes[dim]], [size // step, step])
         _pick(call, inner, start)
@@ -507,7 +554,7 @@ def _looked_up(call: Call, axis: Axis, index: Tensor) -> None:
     """An axis indexed by data: chosen from, where the numbers are known to be its positions, else kept whole."""
     numbers = call.numbers_of(index)
     if numbers is None or length(numbers) != length(axis):
-        freeze(axis, f"positions are looked up at {call.site}")
+        freeze((*axis, *(numbers or ())), f"positions are looked up at {call.site}")
     else:
         call.link(axis, numbers)
         mark(axis, label="chosen")

@@ -239,31 +239,34 @@ class Replayer(Watcher):
         """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
         if name in UNSEEN or self.where in self._ignored:
             return
-        operation = self._expected(name)
-        if operation is None or operation.name != name:
-            raise ModelError(f"{name} runs where {operation.name if operation else 'nothing'} ran before")
+        problem = f"{name} runs where nothing ran before"
+        for number in range(self.reached, len(self._operations)):
+            operation = self._operations[number]
+            disagreement = self._disagreement(operation, name, args, kwargs, func, outputs)
+            if not disagreement:
+                self.reached = number + 1
+                return
+            problem = problem if number > self.reached else disagreement
+            if not self._gone or self._blocks.layer_of(operation.where) is not None:
+                break  # what the network did outside of its blocks for blocks that are gone may be gone, too
+        raise ModelError(problem)
+
+    def _disagreement(
+        self, operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]
+    ) -> str:
+        if operation.name != name:
+            return f"{name} runs where {operation.name} ran before"
         found = [tuple(output.shape) for output in outputs]
         if not self._witness.fits(operation, found, self._kept):
-            raise ModelError(f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}")
+            return f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}"
         if (constants := _constants(args, kwargs, func)) != operation.constants:
-            raise ModelError(f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size")
+            return f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size"
         if operation.before:
             start = rules.run_of_positions(name, args, kwargs)
             demanded = kept_length(operation.before, self._kept)
             if start is None or start[1] != demanded:
-                raise ModelError(f"{name} starts at position {start and start[1]}, the coupling demands {demanded}")
-        self.reached += 1
-
-
-    def _expected(self, name: str) -> Operation | None:
-        """The operator that comes next. Where blocks are gone, what the network did for them outside of its blocks may be too."""
-        left = range(self.reached, len(self._operations))
-        for number in left:
-            operation = self._operations[number]
-            if operation.name == name or not self._gone or self._blocks.layer_of(operation.where) is not None:
-                self.reached = number
-                return operation
-        return None
+                return f"{name} starts at position {start and start[1]}, the coupling demands {demanded}"
+        return ""
 
 
 class Recorder(Watcher):
