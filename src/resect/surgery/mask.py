@@ -160,12 +160,12 @@ def _narrow(model: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableH
 
 def _small(model: nn.Module, path: str, graph: Graph, plan: Plan, sizes: Mapping[int, int]) -> nn.Module:
     """A copy of a module as it will be after the cut, in which axes of some sizes get others."""
-    inside = {
-        name.removeprefix(f"{path}."): axes for name, axes in kept_positions(graph, plan).items() if name.startswith(f"{path}.")
-    }
-    module = model.get_submodule(path)
+    module, everything = model.get_submodule(path), tensors(model)
+    own = tensors(module)
+    kept = {id(everything[name]): axes for name, axes in kept_positions(graph, plan).items()}  # they may be tied to another's
     small = copy.deepcopy(module)
-    flat = all(len(graph.shapes[f"{path}.{name}"]) == 1 for name in inside)
+    inside = {name: kept[id(tensor)] for name, tensor in own.items() if id(tensor) in kept}
+    flat = all(own[name].ndim == 1 for name in inside)
     for name, value in vars(module).items():  # some norms note their width, and insist on it
         if flat and type(value) in (int, tuple) and value in {*sizes, *((size,) for size in sizes)}:
             setattr(small, name, sizes[value] if type(value) is int else (sizes[value[0]],))
