@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,8 +110,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _notes(row: dict[str, Any]) -> str:
     notes = [row["problem"][:160]] if row.get("problem") else []
-    notes += [f"{kind} refused: {why[:120]}" for kind, why in row.get("refused", {}).items()]
-    notes += [f"{group} left out: {why[:120]}" for group, why in row.get("left_out", {}).items()]
+    notes += [f"{kind} refused: {_brief(why)}" for kind, why in row.get("refused", {}).items()]
+    notes += [f"{group} left out: {_brief(why)}" for group, why in row.get("left_out", {}).items()]
     notes += [f"{kind} differ by {value:.0e}" for kind, value in row.get("differences", {}).items() if value > 1e-4]
     common = [why for why, _ in Counter(row.get("frozen", {})).most_common() if "output of the network" not in why][:3]
     if row.get("unused", 0) > 0.005:
@@ -118,6 +119,12 @@ def _notes(row: dict[str, Any]) -> str:
     if row.get("prunable", 1) < 0.9 and common:
         notes.append("frozen: " + "; ".join(common))
     return "; ".join(notes).replace("|", "\\|")
+
+
+def _brief(why: str) -> str:
+    """What is particular to a refusal."""
+    why = re.sub(r"^\w+Error: |\w+ cannot be cut this way: its code |does not take the new sizes |\. Leave out .*$", "", why)
+    return f"{why[:160]} ..." if len(why) > 160 else why
 
 
 def main() -> None:
