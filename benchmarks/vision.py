@@ -33,7 +33,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 from record import RESULTS, environment  # noqa: E402
 
-from tests.vision.examine import Row, examine  # noqa: E402
+from tests.vision.examine import TOLERANCE, Row, examine  # noqa: E402
 from tests.vision.images import TIMM, TORCHVISION, families  # noqa: E402
 
 LIMIT = 120
@@ -72,7 +72,7 @@ def cut(row: Row) -> bool:
     """Whether channels, and heads where there are any, were cut and verified, and no kind came out wrong."""
     done = row.differences.keys() - row.refused.keys()
     wanted = {"heads"} & row.groups.keys()
-    right = all(value <= 1e-4 for value in row.differences.values())
+    right = all(value <= TOLERANCE for value in row.differences.values())
     return not row.problem and right and bool({"channels", "residual"} & done) and wanted <= done
 
 
@@ -105,7 +105,7 @@ def _line(row: dict[str, Any]) -> str:
 def _notes(row: dict[str, Any]) -> str:
     notes = [row["problem"][:160]] if row["problem"] else []
     notes += [f"{kind} refused: {why[:160]}" for kind, why in row["refused"].items()]
-    notes += [f"{kind} differ by {value:.0e}" for kind, value in row["differences"].items() if value > 1e-4]
+    notes += [f"{kind} differ by {value:.0e}" for kind, value in row["differences"].items() if value > TOLERANCE]
     notes += [f"{count} groups of {kind} left out" for kind, count in row["left_out"].items()]
     usual = ("of the network", "a window of positions at aten.convolution")
     frozen = [why for why, _ in Counter(row["frozen"]).most_common() if not any(part in why for part in usual)][:2]

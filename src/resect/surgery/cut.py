@@ -75,8 +75,8 @@ def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
         for name, axes in kept_positions(graph, plan).items()
     }
     attributes = shape_attributes(model, graph, plan, shapes)
-    units = {group.name: len(keep) for group, keep in changed(graph, plan)}
-    kept = {atom: units.get(name, atom.size) for atom, name in graph.witness.groups.items()}
+    removed = {group.name: group.units - len(keep) for group, keep in changed(graph, plan)}
+    kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
     record = Record(
         shapes={name: shape for name, shape in shapes.items() if not name.startswith(gone)},
         attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(gone)},
@@ -84,7 +84,7 @@ def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
         removed=blocks,
     )
     if gone:
-        _try(model, graph, record, {group.name: group.units - len(keep) for group, keep in changed(graph, plan)})
+        _try(model, graph, record, removed)
     return record
 
 
