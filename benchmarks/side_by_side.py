@@ -5,7 +5,8 @@
 
 Every tool and architecture gets a process of its own, in float64, on small models with random weights. Building the dependency
 graph is timed after one build that is thrown away (median of three); memory is the peak of the process in the build less what it
-held before. *groups* are those that either tool offers, each counted its own way. *covered* is the share of parameters
+held before. *groups* are those that either tool offers, each counted its own way, without
+whole modules and rows of the vocabulary, which only resect offers. *covered* is the share of parameters
 in tensors that some group slices.
 
 Torch-Pruning is set up as in its own example for language models: magnitude importance, `num_heads` for the projections of
@@ -258,10 +259,11 @@ def built(build: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def with_resect(task: Subject) -> dict[str, Any]:
     """resect's row."""
     import resect
+    from resect.graph import DEPTH, VOCABULARY
     from resect.plan import Kept, Plan
 
     graph, cost = built(lambda: resect.trace(task.model, task.inputs))
-    sliced = [group for group in graph.groups if group.kind != "blocks"]
+    sliced = [group for group in graph.groups if group.kind not in (*DEPTH, VOCABULARY)]
     weights = dict(task.model.named_parameters())
     covered = {member.parameter for group in sliced for member in group.members if member.parameter in weights}
 

@@ -3,32 +3,56 @@
 The forward pass keeps the inputs of every block. Then, from the last block to the first, the block is run again on every batch
 with gradients for its own parameters, and hands the gradient of its input on. This costs a second forward pass through the
 blocks, and saves holding the gradients of all blocks. It is exact when blocks talk through their hidden states alone, which is
-tried on a few tokens first.
+tried on a few tokens first. Without gradients the blocks run from the first to the last, all batches through each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from resect.graph import Graph
 
-Loss = Callable[[nn.Module, Tensor], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
+Around = Callable[[int], AbstractContextManager[Any]]
+
+
+Enter = Callable[[int, "list[BlockCall]"], "list[Tensor] | None"]
+
+
+def _nothing(layer: int) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 @dataclass
 class BlockCall:
-    """The arguments one block was called with; the hidden states apart."""
+    """The arguments one block was called with; the hidden states apart, in memory or in a file."""
 
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    file: Path | None = None
+
+    def store(self, file: Path) -> None:
+        """Writes the hidden states to a file and frees them."""
+        save_file({"hidden": self.hidden.detach().contiguous()}, file)
+        self.hidden, self.file = torch.empty(0, device=self.hidden.device), file
+
+    def fetch(self) -> Tensor:
+        """The hidden states; their file is gone then."""
+        if self.file is None:
+            return self.hidden
+        hidden = load_file(self.file)["hidden"].to(self.hidden.device)
+        self.file.unlink()
+        return hidden
 
     def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Calls the block on other hidden states and gives its hidden states."""
@@ -49,15 +73,16 @@ class Chain:
     leaked: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, graph: Graph, probe: Tensor, loss: Loss) -> Chain | None:
+    def of(cls, model: nn.Module, graph: Graph, probe: Any, loss: Loss) -> Chain | None:
         """The chain of a model, or None when its blocks do not talk through their hidden states alone.
 
-        `probe` [1, few] tokens are sent both ways; the gradients of the first block's input must agree.
+        `probe`, a small batch, is sent both ways; the gradients of the first block's input must agree.
         """
         if len(graph.blocks.lists) != 1:
             return None
         blocks = model.get_submodule(graph.blocks.path)
-        assert isinstance(blocks, nn.ModuleList)
+        if not isinstance(blocks, nn.ModuleList):
+            return None
         chain = cls(model, graph.blocks.path, list(blocks), loss)
         try:
             found = chain._probe(probe)
@@ -70,11 +95,21 @@ class Chain:
         return chain if near and not chain.leaked else None
 
     def run(
-        self, batches: Sequence[Tensor], wanted: Sequence[str], take: Callable[[str, int], None], done: Callable[[str], None]
+        self,
+        batches: Sequence[Any],
+        wanted: Sequence[str] = (),
+        take: Callable[[str, int], None] = lambda name, number: None,
+        done: Callable[[str], None] = lambda name: None,
+        *,
+        around: Around = _nothing,
+        begin: Callable[[int], None] = lambda number: None,
+        spill: Path | None = None,
     ) -> Iterator[float]:
         """Gives the loss of every batch, and between them calls `take(parameter, batch)` on every gradient of a batch.
 
-        `done(parameter)` is called when a parameter has seen all batches; no two blocks hold gradients at a time.
+        `done(parameter)` is called when a parameter has seen all batches; no two blocks hold gradients at a time. While all
+        batches run through a block again, the context `around(layer)` lasts, and `begin(batch)` is called before each. What
+        entered the blocks waits in files under `spill` meanwhile, if that is given.
         """
         outside = [name for name in wanted if not name.startswith(f"{self.path}.")]
         for name in outside:
@@ -87,15 +122,20 @@ class Chain:
             loss.backward()
             self._each(outside, take, number)
             assert last.grad is not None
+            for layer, call in enumerate(calls):
+                if spill and not call.hidden.requires_grad:
+                    call.store(spill / f"entering-{layer}-{number}.safetensors")
             saved.append(calls)
             flowing.append(last.grad)
         for layer in tqdm(reversed(range(len(self.blocks))), total=len(self.blocks), desc="blocks", leave=False, delay=2):
             own = [name for name in wanted if name.startswith(f"{self.path}.{layer}.")]
             for name in own:
                 self.model.get_parameter(name).requires_grad_()
-            for number, calls in enumerate(saved):
-                flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
-                self._each(own, take, number)
+            with around(layer):
+                for number, calls in enumerate(saved):
+                    begin(number)
+                    flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
+                    self._each(own, take, number)
             for name in own:
                 self.model.get_parameter(name).requires_grad_(False)
                 done(name)
@@ -104,23 +144,45 @@ class Chain:
                 gradient.backward()
                 self._each(outside, take, number)
 
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Any], enter: Enter) -> None:
+        """Runs all batches through one block after the other; before each, calls `enter(layer, calls)` with a call a batch.
+
+        That may run the block itself, and then gives what it put out for every batch.
+        """
+        saved: list[list[BlockCall]] = []
+        for batch in tqdm(batches, desc="forward", unit="batch", leave=False, delay=2):
+            _, calls, _ = self._forward(batch)
+            for call in calls[1:]:
+                call.hidden = call.hidden.new_empty(0)
+            saved.append(calls)
+        for layer, block in enumerate(tqdm(self.blocks, desc="blocks", leave=False, delay=2)):
+            current = [calls[layer] for calls in saved]
+            last = layer + 1 == len(self.blocks)
+            outputs = enter(layer, current)
+            for number, (calls, call) in enumerate(zip(saved, current, strict=True)):
+                if not last:
+                    calls[layer + 1].hidden = outputs[number] if outputs else call.again(block, call.hidden)
+                call.hidden = call.hidden.new_empty(0)
+
     def _each(self, names: Sequence[str], take: Callable[[str, int], None], number: int) -> None:
         for name in names:
             take(name, number)
 
     def _through(self, call: BlockCall, block: nn.Module, gradient: Tensor, *, first: bool) -> Tensor:
         """The gradient of a block's input; of what comes before the blocks, a scalar to go on from."""
-        hidden = call.hidden.detach().requires_grad_()
+        entering = call.fetch()
+        hidden = entering.detach().requires_grad_()
         with torch.enable_grad():
             output = call.again(block, hidden)
         output.backward(gradient)
         assert hidden.grad is not None
-        if first and call.hidden.requires_grad:
+        if first and entering.requires_grad:
             with torch.enable_grad():
-                return (call.hidden * hidden.grad).sum()
+                return (entering * hidden.grad).sum()
         return hidden.grad
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, list[BlockCall], Tensor]:
+    def _forward(self, batch: Any) -> tuple[Tensor, list[BlockCall], Tensor]:
         self.calls = []
         with self._hooked() as last, torch.enable_grad():
             loss = self.loss(self.model, batch)
@@ -134,7 +196,8 @@ class Chain:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             rest = [*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")]
             self.leaked |= any(tensor.requires_grad for tensor in _tensors(rest))
-            self.calls.append(BlockCall(hidden, args[1:], dict(kwargs)))
+            held = {name: None if name == "hidden_states" else value for name, value in kwargs.items()}
+            self.calls.append(BlockCall(hidden, args[1:], held))
             if "hidden_states" in kwargs:
                 return args, {**kwargs, "hidden_states": hidden.detach()}
             return (hidden.detach(), *args[1:]), kwargs
@@ -152,8 +215,8 @@ class Chain:
             for handle in handles:
                 handle.remove()
 
-    def _probe(self, tokens: Tensor) -> Tensor:
-        loss, calls, last = self._forward(tokens)
+    def _probe(self, batch: Any) -> Tensor:
+        loss, calls, last = self._forward(batch)
         loss.backward()
         gradient = last.grad
         for block, call in zip(reversed(self.blocks), reversed(calls), strict=True):
@@ -162,7 +225,7 @@ class Chain:
         assert gradient is not None
         return gradient
 
-    def _reference(self, tokens: Tensor) -> Tensor:
+    def _reference(self, batch: Any) -> Tensor:
         """The gradient of the first block's input by one ordinary backward pass."""
         entering: list[Tensor] = []
 
@@ -176,7 +239,7 @@ class Chain:
         handle = self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
         try:
             with torch.enable_grad():
-                self.loss(self.model, tokens).backward()
+                self.loss(self.model, batch).backward()
         finally:
             handle.remove()
         assert entering[0].grad is not None
@@ -189,3 +252,22 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients anywhere; everything as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _, _ in before:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for module in training:
+            module.training = True

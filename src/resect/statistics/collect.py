@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from resect.errors import DataError, NumericsError, UsageError, nearest
 from resect.graph import KINDS, Graph
-from resect.statistics.blockwise import Chain
+from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.elements import CRITERIA, Criterion
 
 BATCH_TOKENS = 1024
@@ -91,7 +90,7 @@ def collect(
         return statistics
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DataError(f"Calibration tokens must be [sequences, length] with length 2 or more; these are {list(tokens.shape)}.")
-    with _prepared(model):
+    with prepared(model):
         _backward(model, tokens, graph, sums, parameters=parameters, batch_tokens=batch_tokens)
     return statistics
 
@@ -244,22 +243,3 @@ def _whole(model: nn.Module, batches: Sequence[Tensor], sums: Sums, *, parameter
     finally:
         for hook_handle in hooks:
             hook_handle.remove()
-
-
-@contextmanager
-def _prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients anywhere; everything as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _, _ in before:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-        for module in training:
-            module.training = True

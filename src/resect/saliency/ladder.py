@@ -1,0 +1,122 @@
+"""The whole ladder of widths of a layer: blocks of columns go one after the other, the cheapest first, the rest making up for it.
+
+After `C` goes, `A⁻¹` becomes `A⁻¹ − A⁻¹[:,C] ([A⁻¹]_CC)⁻¹ A⁻¹[C,:]` and `W` becomes `W − W_C ([A⁻¹]_CC)⁻¹ A⁻¹[C,:]`, so that
+the next loss is what its removal costs besides. Several layers that take in the same units go together, their losses summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from resect.statistics import Curvature
+
+PENDING = 128
+"""Removed columns that wait until they are taken off the whole of `A⁻¹` and `W` by one matrix product."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Units in the order they go, and what each step costs besides the ones before, in nats per prediction."""
+
+    order: Int[Tensor, " removed"]
+    losses: Float[Tensor, " removed"]
+
+    def scores(self, units: int) -> Float[Tensor, " units"]:
+        """A loss for every unit that never falls along the order; units that stay in any case cost infinitely much."""
+        scores = torch.full((units,), torch.inf, dtype=torch.float64)
+        scores[self.order] = self.losses.cummax(0).values
+        return scores
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that takes in the units: its matrix, its curvature and the columns of every unit."""
+
+    weight: Float[Tensor, "rows columns"]
+    curvature: Curvature
+    columns: Int[Tensor, "units width"]
+
+
+def ladder(readers: Sequence[Reader], *, least: int = 0, gone: Sequence[int] = ()) -> Ladder:
+    """The ladder of the units that some layers take in, down to `least` of them; those in `gone` went before."""
+    units = len(readers[0].columns)
+    stays = torch.ones(units, dtype=torch.bool)
+    states = [_State(reader, list(gone)) for reader in readers]
+    stays[list(gone)] = False
+    order, losses = [], []
+    for _ in range(int(stays.sum()) - least):
+        total = torch.stack([state.losses() for state in states]).sum(0)
+        unit = int(torch.where(stays, total, torch.inf).argmin())
+        order.append(unit)
+        losses.append(float(total[unit]))
+        stays[unit] = False
+        for state in states:
+            state.remove(unit)
+    return Ladder(torch.tensor(order, dtype=torch.long), torch.tensor(losses, dtype=torch.float64))
+
+
+class _State:
+    """One layer on the way down.
+
+    With `G = L Lᵀ`, `V = Lᵀ W` has the Gram matrix `Wᵀ G W`. `A⁻¹ = H − P Pᵀ` and `V = V₀ − B Pᵀ` hold with what is
+    pending; of every unit, the blocks `[A⁻¹]_CC` and `V_Cᵀ V_C` are kept up to date.
+    """
+
+    def __init__(self, reader: Reader, gone: Sequence[int]) -> None:
+        self.columns = reader.columns
+        curvature = reader.curvature
+        H, weight = curvature.A_inverse, reader.weight
+        if gone:
+            H, weight = _without(H, weight, reader.columns[gone].flatten())
+        self.gone = torch.zeros(len(reader.columns), dtype=torch.bool)
+        self.gone[gone] = True
+        self.H = H.clone()
+        self.V = weight.clone() if curvature.G is None else torch.linalg.cholesky(curvature.G).mT @ weight
+        self.P = H.new_empty(len(H), 0)
+        self.B = H.new_empty(len(self.V), 0)
+        self.flush()
+
+    def losses(self) -> Float[Tensor, " units"]:
+        """What each unit costs now."""
+        if self.columns.shape[1] == 1:
+            return 0.5 * (self.gram / self.inverse).flatten()
+        inverse = self.inverse.clone()
+        inverse[self.gone] = torch.eye(inverse.shape[1], dtype=inverse.dtype)
+        found: Tensor = torch.linalg.solve(inverse, self.gram).diagonal(dim1=1, dim2=2).sum(1)
+        return 0.5 * found
+
+    def remove(self, unit: int) -> None:
+        """Takes a unit off."""
+        C = self.columns[unit]
+        root = torch.linalg.cholesky(self.inverse[unit])  # [A⁻¹]_CC = R Rᵀ
+        p = torch.linalg.solve_triangular(root, self.H[C] - self.P[C] @ self.P.mT, upper=False).mT  # [columns, width]
+        b = torch.linalg.solve_triangular(root, (self.V[:, C] - self.B @ self.P[C].mT).mT, upper=False).mT  # [rows, width]
+        towards = b.mT @ self.V - (b.mT @ self.B) @ self.P.mT  # bᵀ V [width, columns]
+        parts, crossing = p[self.columns], towards.mT[self.columns]  # [units, width, width of C]
+        mixed = crossing @ parts.mT
+        self.inverse -= parts @ parts.mT
+        self.gram += parts @ (b.mT @ b) @ parts.mT - mixed - mixed.mT
+        self.P, self.B = torch.cat([self.P, p], 1), torch.cat([self.B, b], 1)
+        self.gone[unit] = True
+        if self.P.shape[1] >= max(PENDING, self.columns.shape[1]):
+            self.flush()
+
+    def flush(self) -> None:
+        """Carries out what is pending."""
+        self.H -= self.P @ self.P.mT
+        self.V -= self.B @ self.P.mT
+        self.P, self.B = self.P[:, :0], self.B[:, :0]
+        self.inverse = self.H[self.columns[:, :, None], self.columns[:, None, :]]
+        parts = self.V.mT[self.columns]
+        self.gram = parts @ parts.mT
+
+
+def _without(H: Tensor, weight: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """`A⁻¹` and `W` after the columns `C` went."""
+    solved = torch.linalg.solve(H[C][:, C], H[C])
+    return H - H[:, C] @ solved, weight - weight[:, C] @ solved

@@ -1,0 +1,141 @@
+"""Layers seen as matrices: `y = W x (+ b)` at every position of their input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resect.errors import UsageError
+from resect.graph import Member
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or a convolution as the matrix `W` [rows, columns]; a row for each output, a column for each input.
+
+    A convolution has a column for each input channel and place in the kernel, and its positions are those of its output.
+    Where there is a bias, it is one more column, for an input that is always 1.
+    """
+
+    path: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself, in its own shape."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, if there is one."""
+        return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the weight that inputs run along."""
+        return 0 if _transposed(self.module) else 1
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return self.weight.shape[1 - self.input_axis]
+
+    @property
+    def columns(self) -> int:
+        """Inputs, the constant one of a bias included."""
+        return self.weight.numel() // self.rows + (self.bias is not None)
+
+    def matrix(self) -> Tensor:
+        """`W` [rows, columns] in float64, the bias last."""
+        weight = self.weight.detach().double()
+        weight = weight.T if self.input_axis == 0 else weight.flatten(1)
+        return weight if self.bias is None else torch.cat([weight, self.bias.detach().double()[:, None]], 1)
+
+    @torch.no_grad()
+    def write(self, matrix: Tensor) -> None:
+        """Puts `matrix` [rows, columns] in the place of weight and bias."""
+        if self.bias is not None:
+            self.bias.copy_(matrix[:, -1])
+            matrix = matrix[:, :-1]
+        self.weight.copy_(matrix.T if self.input_axis == 0 else matrix.reshape(self.weight.shape))
+
+    def columns_of(self, positions: Tensor) -> Tensor:
+        """The columns [units, width] that belong to positions [units, width] of the input."""
+        kernel = self.weight.shape[2:].numel() if isinstance(self.module, CONVOLUTIONS) else 1
+        return (positions[..., None] * kernel + torch.arange(kernel)).flatten(1)
+
+    def inputs(self, given: Tensor) -> Tensor:
+        """What each position takes in, from the input of the module: [positions, columns], at least float32."""
+        given = _wide(given.detach())
+        if isinstance(self.module, CONVOLUTIONS):
+            given = _patches(given, self.module)
+        given = given.reshape(-1, given.shape[-1])
+        return given if self.bias is None else torch.cat([given, given.new_ones(len(given), 1)], 1)
+
+    def outputs(self, given: Tensor) -> Tensor:
+        """What each position puts out, or its gradient, from the output of the module: [positions, rows]."""
+        given = _wide(given.detach())
+        if isinstance(self.module, CONVOLUTIONS):
+            given = given.reshape(*_batched(given, self.module).shape).movedim(1, -1)
+        return given.reshape(-1, given.shape[-1])
+
+
+def layer_of(model: nn.Module, path: str) -> Layer | None:
+    """The layer at a path, if it is one matrix for every position."""
+    module = model.get_submodule(path)
+    whole = isinstance(module, CONVOLUTIONS) and module.groups == 1
+    return Layer(path, module) if whole or isinstance(module, nn.Linear) or _transposed(module) else None
+
+
+def layers_of(model: nn.Module, paths: Iterable[str]) -> list[Layer]:
+    """The layers at some paths; a module that is no such layer is a `UsageError`."""
+    found = []
+    for path in paths:
+        layer = layer_of(model, path)
+        if layer is None:
+            raise UsageError(
+                f"{path} is a {type(model.get_submodule(path)).__name__}; curvature is collected of linear layers "
+                "and ungrouped convolutions."
+            )
+        found.append(layer)
+    return found
+
+
+def read_by(model: nn.Module, member: Member) -> Layer | None:
+    """The layer that takes in what a member's slices are about; None where the member is something else than an input."""
+    path, _, leaf = member.parameter.rpartition(".")
+    layer = layer_of(model, path) if leaf == "weight" else None
+    return layer if layer and layer.input_axis == member.axis else None
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is [inputs, outputs], as GPT-2 has them."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and tuple(weight.shape) == (module.nx, module.nf)  # type: ignore[union-attr]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _batched(given: Tensor, module: nn.Module) -> Tensor:
+    """With a batch axis in front."""
+    kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+    return given if given.ndim == len(kernel) + 2 else given[None]
+
+
+def _patches(given: Tensor, module: Any) -> Tensor:
+    """The inputs of a convolution as its kernel sees them: [batch, *places, channels * kernel]."""
+    given = _batched(given, module)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    given = nn.functional.pad(given, module._reversed_padding_repeated_twice, mode=mode)
+    dims = len(module.kernel_size)
+    for dim, (size, step, spread) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        given = given.unfold(2 + dim, (size - 1) * spread + 1, step)[..., ::spread]
+    return given.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)).flatten(1 + dims)

@@ -1,0 +1,63 @@
+"""What a network predicts from a batch, and what was right: that is all that its curvature asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Predictions and labels of a batch."""
+
+    def predict(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits [predictions, classes] and labels [predictions]."""
+        ...
+
+    def counted(self, batch: Any) -> Tensor | None:
+        """Which positions [sequences, length] are no padding; None where all count."""
+        ...
+
+
+class NextToken:
+    """A language model's: batches are tokens [sequences, length], or a mapping of `input_ids` and `attention_mask`."""
+
+    def predict(self, model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of all tokens that follow a token; padding neither predicts nor is predicted."""
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        logits = model(**given, use_cache=False).logits[:, :-1]
+        labels = given["input_ids"][:, 1:]
+        counted = self.counted(batch)
+        if counted is None:
+            return logits.flatten(0, 1), labels.flatten()
+        real = counted[:, 1:] & counted[:, :-1]
+        return logits[real], labels[real]
+
+    def counted(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor | None:
+        """The attention mask."""
+        mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+        return None if mask is None else mask.bool()
+
+
+class Classes:
+    """A classifier's: batches are pairs of inputs and labels [samples]."""
+
+    def predict(self, model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of all samples."""
+        found = model(batch[0])
+        return getattr(found, "logits", found), batch[1]
+
+    def counted(self, batch: Sequence[Tensor]) -> None:
+        """All of them."""
+
+
+def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Cross-entropy in nats summed over predictions; with a generator, of labels that the network itself draws."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if generator is not None:
+        drawn = torch.multinomial(wide.detach().softmax(-1).cpu(), 1, generator=generator)
+        labels = drawn.flatten().to(logits.device)
+    return nn.functional.cross_entropy(wide, labels, reduction="sum")
