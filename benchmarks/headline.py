@@ -15,6 +15,7 @@ import resect
 from resect.calibration import calibrate, evaluation_tokens
 from resect.evaluation import perplexity
 from resect.methods import LLMPruner
+from resect.statistics import Data
 from resect.surgery import cut_and_check
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     rows = []
     for keep, name, method in [runs[number] for number in asked.only] if asked.only else runs:
         start = time.perf_counter()
-        plan, _ = method.plan(dense, graph, calibration.tokens, keep=keep, seed=asked.seed)
+        plan, _ = method.plan(dense, graph, Data(calibration.tokens.split(1)), keep=keep, seed=asked.seed)
         seconds = time.perf_counter() - start
         model = copy.deepcopy(dense)
         checked = cut_and_check(model, plan, graph)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import resect
 from resect.errors import NumericsError, UsageError
 from resect.methods import METHODS, LLMPruner
+from resect.statistics import Data
 from tests.models import FAMILIES, assert_same_function, assert_untouched, copy_of, random_tokens, snapshot, tiny_tokenizer
 
 TOKENS = random_tokens(6, 12, seed=3)
@@ -86,8 +87,8 @@ def test_iterations_score_what_is_left() -> None:
 def test_what_an_earlier_step_removed_stays_removed() -> None:
     model, method = FAMILIES["llama"](), LLMPruner(criterion="l2", iterations=2)
     graph = resect.trace(model)
-    half, _ = LLMPruner(criterion="l2").plan(model, graph, TOKENS, keep=0.75)
-    whole, _ = method.plan(model, graph, TOKENS, keep=0.5)
+    half, _ = LLMPruner(criterion="l2").plan(model, graph, Data((TOKENS,)), keep=0.75)
+    whole, _ = method.plan(model, graph, Data((TOKENS,)), keep=0.5)
     assert (half & whole).groups == whole.groups
 
 

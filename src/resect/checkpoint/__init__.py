@@ -2,6 +2,7 @@
 
 from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
+from resect.checkpoint.progress import Progress
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import Saved, save
 from resect.checkpoint.stock import Stock, expressible_kinds, find_stock
@@ -11,6 +12,7 @@ from resect.surgery.modeling_resect import resize
 
 __all__ = [
     "DEMO",
+    "Progress",
     "Saved",
     "Stock",
     "check_directory",

@@ -6,29 +6,26 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from resect.checkpoint import Progress
 from resect.graph import Graph
+from resect.methods.method import Method, Units
 from resect.plan import Plan, keep_all, select, select_share
 from resect.saliency import score
-from resect.statistics import CRITERIA, collect
+from resect.statistics import CRITERIA, Data, collect
 from resect.surgery import masked
 
 KINDS = {"block-wise": ("heads", "channels"), "channel-wise": ("residual",), "layer-wise": ("blocks",)}
 """What each of the paper's modes removes (section 4.1)."""
 
 
-Units = Annotated[int, Field(ge=0)]
-
-
-class LLMPruner(BaseModel):
+class LLMPruner(Method):
     """Settings of the method; every default is explained in docs/methods.md."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random"] = "element2"
     reduction: Literal["sum", "mean", "max", "prod", "last"] = "sum"
@@ -47,23 +44,25 @@ class LLMPruner(BaseModel):
         return self.kinds or KINDS[self.granularity]
 
     @property
-    def needs_text(self) -> bool:
-        """Whether the criterion looks at gradients."""
-        return not CRITERIA[self.criterion].weights_only
+    def needs_data(self) -> bool:
+        """Whether the criterion looks at gradients, or weights are updated."""
+        return not CRITERIA[self.criterion].weights_only or self.compensation is not None
 
     def plan(
         self,
         model: nn.Module,
         graph: Graph,
-        tokens: Tensor,
+        data: Data,
         *,
         keep: float,
         of: str = "blocks",
         layout: str = "per-layer",
         align: int = 1,
         seed: int = 42,
+        progress: Progress | None = None,
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
+        tokens = torch.cat(list(data.batches)) if data.batches else torch.empty(0, 0, dtype=torch.long)
         kinds = [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
         ranges = {str(kind): span for kind, span in (self.blocks or {}).items()} or None
         options: dict[str, Any] = {

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,16 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate
-from resect.checkpoint import cut_tokenizer, expressible_kinds
+from resect.checkpoint import Progress, cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
 from resect.explain import explain
 from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.llm_pruner import LLMPruner
+from resect.methods.llm_surgeon import LLMSurgeon
+from resect.methods.method import Method
 from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Plan
+from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check
 
-METHODS: dict[str, type[LLMPruner]] = {"llm-pruner": LLMPruner}
+METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
 
 
@@ -49,13 +54,16 @@ def prune(
     of: str = "blocks",
     layout: str = "uniform",
     align: int = 1,
-    data: str | Sequence[str] | Tensor | None = None,
+    data: str | Sequence[str] | Tensor | Data | None = None,
     samples: int = 128,
     length: int = 128,
     seed: int = 42,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
     plan_only: bool = False,
+    inputs: Any = None,
+    progress: str | Path | None = None,
+    resume: bool = False,
 ) -> Result:
     """Prunes a model in place and checks that the cut model computes what the masked one does.
 
@@ -64,6 +72,9 @@ def prune(
     source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
     `vocabulary` names the text whose tokens stay: other rows of embedding and head go besides what `keep` says, and the result
     has the tokenizer that fits. `keep=1` then cuts nothing else. `plan_only` stops before the cut.
+    A network that takes no tokens is traced with `inputs` and calibrated with `Data`: batches, and what is predicted from them.
+    `progress` is a directory in which long methods note what is done; with `resume`, what is found there is not done again,
+    and the result is the same to the bit. It is removed when all is done.
     Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     chosen = method_settings(method, settings)
@@ -73,7 +84,7 @@ def prune(
         raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
-        graph = trace(model)
+        graph = trace(model, inputs)
     trimmed = Plan()
     if vocabulary is not None:
         with _timed(seconds, "vocabulary"):
@@ -82,15 +93,20 @@ def prune(
     scores: dict[str, Tensor] = {}
     provenance: dict[str, Any] | None = None
     withheld: dict[str, str] = {}
-    if vocabulary is None or keep < 1 or chosen.share is not None:
+    if vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None:
         with _timed(seconds, "trace"):
             chosen, withheld = _deployable(chosen, model, graph, layout)
-        tokens = torch.empty(0, 0, dtype=torch.long)
-        if chosen.needs_text:
+        given = Data(())
+        if chosen.needs_data:
             with _timed(seconds, "calibration"):
-                tokens, provenance = _tokens(data, tokenizer, model, samples=samples, length=length, seed=seed)
-        with _timed(seconds, "plan"):
-            plan, scores = chosen.plan(model, graph, tokens, keep=keep, of=of, layout=layout, align=align, seed=seed)
+                given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
+        asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
+        with _noted(progress, [method, chosen.model_dump(mode="json"), asked, provenance], resume) as notes:
+            with _timed(seconds, "plan"), _undone(model, undo=plan_only and chosen.writes):
+                plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
+            if not plan_only:
+                with _timed(seconds, "compensate"):
+                    chosen.make_up(model, graph, plan, given, notes)
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
@@ -110,7 +126,7 @@ def prune(
     return Result(model, plan, report, scores, graph, tokenizer)
 
 
-def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> LLMPruner:
+def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> Method:
     """The validated settings of a method; unknown names are `UsageError`s that name the nearest valid one."""
     if method not in METHODS:
         raise UsageError(f"There is no method {method!r}. {nearest(method, METHODS)}")
@@ -120,7 +136,7 @@ def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> L
         raise UsageError(explain(problem, METHODS[method])) from problem
 
 
-def _deployable(chosen: LLMPruner, model: nn.Module, graph: Graph, layout: str) -> tuple[LLMPruner, dict[str, str]]:
+def _deployable(chosen: Method, model: nn.Module, graph: Graph, layout: str) -> tuple[Method, dict[str, str]]:
     """Leaves out, from a uniform layout, the kinds that no stock configuration of the family can express smaller."""
     if layout != "uniform" or not isinstance(model, PreTrainedModel):
         return chosen, {}
@@ -136,15 +152,46 @@ def _deployable(chosen: LLMPruner, model: nn.Module, graph: Graph, layout: str) 
     return (chosen.model_copy(update={"kinds": left}) if withheld else chosen), withheld
 
 
-def _tokens(
-    data: str | Sequence[str] | Tensor | None, tokenizer: Any, model: nn.Module, *, samples: int, length: int, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
+def _data(
+    data: str | Sequence[str] | Tensor | Data | None, tokenizer: Any, model: nn.Module, *, samples: int, length: int, seed: int
+) -> tuple[Data, dict[str, Any]]:
+    if isinstance(data, Data):
+        return data, {"source": "batches given by the caller", "samples": len(data.batches)}
     if isinstance(data, Tensor):
-        return data, {"source": "tokens given by the caller", "samples": data.shape[0], "length": data.shape[1]}
+        return _windows(data), {"source": "tokens given by the caller", "samples": data.shape[0], "length": data.shape[1]}
     if tokenizer is None and data is not None:
         raise UsageError(f"Calibration on {data!r} needs the model's tokenizer. Pass it, or token windows as data.")
     calibration = calibrate(data, tokenizer, samples=samples, length=length, seed=seed, model=model)
-    return calibration.tokens, dict(calibration.provenance)
+    return _windows(calibration.tokens), dict(calibration.provenance)
+
+
+def _windows(tokens: Tensor) -> Data:
+    """Windows [sequences, length], a few at a time."""
+    return Data(tokens.split(max(1, BATCH_TOKENS // max(tokens.shape[1], 1))))
+
+
+@contextmanager
+def _noted(directory: str | Path | None, asked: Any, resume: bool) -> Iterator[Progress]:
+    """Where progress is noted: the directory given, which is gone when all went well, or a temporary one."""
+    if directory is None:
+        with TemporaryDirectory() as temporary:
+            yield Progress(temporary, asked)
+        return
+    notes = Progress(directory, asked, resume=resume)
+    yield notes
+    notes.remove()
+
+
+@contextmanager
+def _undone(model: nn.Module, *, undo: bool) -> Iterator[None]:
+    """Gives a model its weights back afterwards, if asked."""
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()} if undo else {}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                model.get_parameter(name).copy_(tensor)
 
 
 def _report(graph: Graph, plan: Plan) -> dict[str, Any]:

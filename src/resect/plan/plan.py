@@ -55,6 +55,10 @@ class Plan(BaseModel):
         """Units removed by group, groups that stay whole left out."""
         return {name: kept.removed for name, kept in self.groups.items() if kept.removed}
 
+    def of_layer(self, layer: int | None) -> Plan:
+        """The part of the plan that is about one block."""
+        return Plan(groups={name: kept for name, kept in self.groups.items() if kept.layer == layer})
+
     def is_uniform(self) -> bool:
         """Whether every layer keeps as many units of each kind, and whole blocks aside, none stands out."""
         sizes: dict[str, set[int]] = {}

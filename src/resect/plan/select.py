@@ -12,7 +12,7 @@ within one step of the target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -51,6 +51,7 @@ def select(
     selection: str = "global",
     align: int = 1,
     kinds: Sequence[str] = ("heads", "channels"),
+    groups: Collection[str] | None = None,
     ranges: Ranges | None = None,
     floor: int | Mapping[str, int] = 1,
     spread: float | None = None,
@@ -60,17 +61,17 @@ def select(
 
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
-    that stay to multiples. `ranges` bounds the layers of a kind, `(first, last + 1)`. At least `floor` units of every
-    group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may lose, as a multiple
-    of the share that its kind would lose if all lost alike. The result costs at most `keep` of the dense model, less than
-    one step below it.
+    that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `ranges` bounds the layers of
+    a kind, `(first, last + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is given).
+    `spread` (1 or more) caps what a group may lose, as a multiple of the share that its kind would lose if all lost alike.
+    The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
     if spread is not None and spread < 1:
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
-    ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges)
+    ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges, groups=groups)
     dense = cost({})
     target = keep * dense
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
@@ -141,15 +142,18 @@ def _check(keep: float, *, of: str, layout: str, selection: str, kinds: Sequence
             raise UsageError(f"There is no {name} {value!r}. {nearest(value, known)}")
 
 
-def _ladders(graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges | None) -> list[list[Group]]:
+def _ladders(
+    graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges | None, groups: Collection[str] | None = None
+) -> list[list[Group]]:
     ladders: list[list[Group]] = []
     for kind in kinds:
         first, last = (ranges or {}).get(kind, (0, graph.blocks.count))
-        groups = [g for g in graph.of_kind(kind) if g.layer is None or first <= g.layer < last]
+        inside = [group for group in graph.of_kind(kind) if group.layer is None or first <= group.layer < last]
+        found = [group for group in inside if groups is None or group.name in groups]
         if layout == "per-layer" or kind in ("residual", "vocabulary", *DEPTH):
-            ladders += [[group] for group in groups]
-        elif groups:
-            ladders += _uniform(graph, kind, groups)
+            ladders += [[group] for group in found]
+        elif found:
+            ladders += _uniform(graph, kind, found)
     if not ladders:
         offered = ", ".join(sorted({group.kind for group in graph.groups})) or "none"
         raise UsageError(f"Nothing to cut: {', '.join(kinds)} were asked for, the network offers {offered} in these layers.")

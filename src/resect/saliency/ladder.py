@@ -27,9 +27,10 @@ class Ladder:
     losses: Float[Tensor, " removed"]
 
     def scores(self, units: int) -> Float[Tensor, " units"]:
-        """A loss for every unit that never falls along the order; units that stay in any case cost infinitely much."""
+        """A loss for every unit that rises, if only by a hair, along the order; infinite for units that stay in any case."""
         scores = torch.full((units,), torch.inf, dtype=torch.float64)
-        scores[self.order] = self.losses.cummax(0).values
+        rises = torch.arange(len(self.order), dtype=torch.float64)
+        scores[self.order] = self.losses.clamp_min(torch.finfo(torch.float64).tiny).cummax(0).values * (1 + 1e-13 * rises)
         return scores
 
 

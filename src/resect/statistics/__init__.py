@@ -1,28 +1,36 @@
 """Gradients of the loss and Kronecker factors of its curvature, as sums that add; nothing is decided here."""
 
-from resect.statistics.collect import Statistics, collect, position_values, token_loss
+from resect.statistics.blockwise import Chain, prepared
+from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, Curvature, DampingRaised, Moments, collect_curvature
 from resect.statistics.elements import CRITERIA, Criterion
-from resect.statistics.layers import Layer, layer_of, layers_of, read_by
-from resect.statistics.objective import Classes, NextToken, Objective
+from resect.statistics.layers import Layer, layer_of, layers_of, readers
+from resect.statistics.objective import Classes, Data, NextToken, Objective
+from resect.statistics.prefix import Pairs, Prefix
 
 __all__ = [
+    "BATCH_TOKENS",
     "CRITERIA",
     "FISHERS",
+    "Chain",
     "Classes",
     "Criterion",
     "Curvature",
     "DampingRaised",
+    "Data",
     "Layer",
     "Moments",
     "NextToken",
     "Objective",
+    "Pairs",
+    "Prefix",
     "Statistics",
     "collect",
     "collect_curvature",
     "layer_of",
     "layers_of",
     "position_values",
-    "read_by",
+    "prepared",
+    "readers",
     "token_loss",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from resect.graph import Graph
+from resect.statistics.objective import Objective, first_tokens, loss_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Around = Callable[[int], AbstractContextManager[Any]]
@@ -94,6 +95,11 @@ class Chain:
         near = torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         return chain if near and not chain.leaked else None
 
+    @classmethod
+    def to_predict(cls, model: nn.Module, graph: Graph, batch: Any, objective: Objective) -> Chain | None:
+        """The chain for an objective, tried on a small part of a batch."""
+        return cls.of(model, graph, first_tokens(batch), lambda model, batch: loss_of(*objective.predict(model, batch)))
+
     def run(
         self,
         batches: Sequence[Any],
@@ -144,6 +150,10 @@ class Chain:
                 gradient.backward()
                 self._each(outside, take, number)
 
+    def calls_of(self, batch: Any) -> list[BlockCall]:
+        """What every block is called with when a batch runs."""
+        return self._forward(batch)[1]
+
     @torch.no_grad()
     def forward(self, batches: Sequence[Any], enter: Enter) -> None:
         """Runs all batches through one block after the other; before each, calls `enter(layer, calls)` with a call a batch.
@@ -152,7 +162,7 @@ class Chain:
         """
         saved: list[list[BlockCall]] = []
         for batch in tqdm(batches, desc="forward", unit="batch", leave=False, delay=2):
-            _, calls, _ = self._forward(batch)
+            calls = self.calls_of(batch)
             for call in calls[1:]:
                 call.hidden = call.hidden.new_empty(0)
             saved.append(calls)

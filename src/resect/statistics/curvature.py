@@ -165,7 +165,7 @@ def collect_curvature(
     generator = torch.Generator().manual_seed(seed) if fisher == "sampled" else None
     collection = Collection(model, batches, objective or NextToken(), sink, generator, gradients=fisher != "activations")
     with prepared(model):
-        chain = Chain.of(model, graph, first_tokens(batches[0]), lambda m, b: loss_of(*collection.objective.predict(m, b)))
+        chain = Chain.to_predict(model, graph, batches[0], collection.objective)
         inside = [layer for layer in layers if chain and graph.blocks.layer_of(f"{layer.path}.weight") is not None]
         loss = 0.0
         if chain and inside:
@@ -302,8 +302,3 @@ def _flowing(model: nn.Module, gradients: bool) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_tokens(batch: Any) -> Any:
-    """A small part of a batch of tokens; of another, all."""
-    return batch[:1, :8] if isinstance(batch, Tensor) and batch.ndim == 2 else batch

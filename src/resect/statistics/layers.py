@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.errors import UsageError
-from resect.graph import Member
+from resect.graph import Graph, Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -107,11 +107,15 @@ def layers_of(model: nn.Module, paths: Iterable[str]) -> list[Layer]:
     return found
 
 
-def read_by(model: nn.Module, member: Member) -> Layer | None:
-    """The layer that takes in what a member's slices are about; None where the member is something else than an input."""
-    path, _, leaf = member.parameter.rpartition(".")
-    layer = layer_of(model, path) if leaf == "weight" else None
-    return layer if layer and layer.input_axis == member.axis else None
+def readers(model: nn.Module, graph: Graph, group: Group) -> list[tuple[Layer, Tensor]]:
+    """The layers that take in the units of a group, each with the columns [units, width] of every unit."""
+    found = []
+    for member in graph.weights(group):
+        path, _, leaf = member.parameter.rpartition(".")
+        layer = layer_of(model, path) if leaf == "weight" else None
+        if layer and layer.input_axis == member.axis:
+            found.append((layer, layer.columns_of(member.index)))
+    return found
 
 
 def _transposed(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +55,14 @@ class Classes:
         """All of them."""
 
 
+@dataclass(frozen=True)
+class Data:
+    """Calibration batches, and what is predicted from them."""
+
+    batches: Sequence[Any]
+    objective: Objective = field(default_factory=NextToken)
+
+
 def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Cross-entropy in nats summed over predictions; with a generator, of labels that the network itself draws."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -61,3 +70,8 @@ def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = 
         drawn = torch.multinomial(wide.detach().softmax(-1).cpu(), 1, generator=generator)
         labels = drawn.flatten().to(logits.device)
     return nn.functional.cross_entropy(wide, labels, reduction="sum")
+
+
+def first_tokens(batch: Any) -> Any:
+    """A small part of a batch of tokens; of another, all."""
+    return batch[:1, :8] if isinstance(batch, Tensor) and batch.ndim == 2 else batch

@@ -5,15 +5,41 @@ Source: LLM Surgeon (arXiv 2312.17244), sections 3.3 and 3.4. `W` is [rows, colu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from resect.statistics import Curvature
+from resect.graph import Graph
+from resect.plan import Plan
+from resect.statistics import Curvature, Layer, layer_of
+from resect.surgery.positions import kept_positions, missing
 
 Matrix = Float[Tensor, "rows columns"]
 MAX_CORRELATE = 2000
 """Elements that are updated jointly."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A layer that reads units which a plan removes, and its columns [gone] that go with them."""
+
+    layer: Layer
+    columns: Tensor
+
+
+def reading(model: nn.Module, graph: Graph, plan: Plan) -> list[Loss]:
+    """The layers that lose inputs, in the order of the network."""
+    found = []
+    for name, axes in kept_positions(graph, plan).items():
+        path, _, leaf = name.rpartition(".")
+        layer = layer_of(model, path) if leaf == "weight" else None
+        if layer and layer.input_axis in axes:
+            gone = missing(graph.shapes[name][layer.input_axis], axes[layer.input_axis]).nonzero()
+            found.append(Loss(layer, layer.columns_of(gone).flatten()))
+    order = {name: place for place, name in enumerate(graph.shapes)}
+    return sorted(found, key=lambda loss: order[f"{loss.layer.path}.weight"])
 
 
 def without_columns(weight: Matrix, A: Float[Tensor, "columns columns"], columns: Int[Tensor, " gone"]) -> Matrix:
@@ -26,6 +52,28 @@ def without_columns(weight: Matrix, A: Float[Tensor, "columns columns"], columns
     found = torch.zeros_like(weight)
     root = torch.linalg.cholesky(A[stays][:, stays])
     found[:, stays] = torch.cholesky_solve((weight @ A[:, stays]).mT, root).mT
+    return found
+
+
+def without_columns_after(
+    weight: Matrix,
+    inputs: Float[Tensor, "columns columns"],
+    crossing: Float[Tensor, "columns columns"],
+    columns: Int[Tensor, " gone"],
+    *,
+    damping: float,
+) -> Matrix:
+    """The same where inputs have changed: `Ŵ` minimises `E‖W x − Ŵ x̂‖² + λ ‖W − Ŵ‖²` over matrices with zeros in some columns.
+
+    `inputs` are the second moments `E x̂ x̂ᵀ`, `crossing` is `E x x̂ᵀ`, `λ` is `damping` times the mean of the diagonal of `inputs`.
+    """
+    stays = torch.ones(weight.shape[1], dtype=torch.bool)
+    stays[columns] = False
+    ridge = damping * inputs.diagonal().mean()
+    square = inputs[stays][:, stays] + ridge * torch.eye(int(stays.sum()), dtype=inputs.dtype)
+    found = torch.zeros_like(weight)
+    wanted = weight @ crossing[:, stays] + ridge * weight[:, stays]
+    found[:, stays] = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(square)).mT
     return found
 
 

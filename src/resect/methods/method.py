@@ -1,0 +1,62 @@
+"""What every method is: settings that know how to plan, and how to make up for what the plan removes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from resect.checkpoint import Progress
+from resect.graph import Graph
+from resect.methods.compensation import Compensation, compensate
+from resect.plan import Plan
+from resect.statistics import Data
+
+Units = Annotated[int, Field(ge=0)]
+
+
+class Method(BaseModel, ABC):
+    """Settings of a method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    compensation: Compensation | None = None
+    """Whether and how layers that read removed units are updated."""
+
+    @property
+    @abstractmethod
+    def removes(self) -> tuple[str, ...]:
+        """The kinds of units that may go."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is measured on calibration data."""
+        return True
+
+    @property
+    def writes(self) -> bool:
+        """Whether planning changes weights."""
+        return False
+
+    @abstractmethod
+    def plan(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        *,
+        keep: float,
+        of: str = "blocks",
+        layout: str = "per-layer",
+        align: int = 1,
+        seed: int = 42,
+        progress: Progress,
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Which units stay, and the last scores: `{group: [units]}`."""
+
+    def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:
+        """Updates the weights that stay for what the plan removes, if the settings say so."""
+        if self.compensation:
+            compensate(model, graph, plan, data, self.compensation)
