@@ -64,11 +64,9 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(facts))
 
-    def noted(self, name: str) -> dict[str, Any] | None:
-        """The facts of something that is done."""
-        path = self.directory / f"{name}.json"
-        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        return found
+    def noted(self, name: str) -> bool:
+        """Whether something is done."""
+        return (self.directory / f"{name}.json").exists()
 
     def folder(self, name: str) -> Path:
         """An empty folder for files that need not outlast a power cut."""

@@ -36,15 +36,15 @@ def compensate(
     """Updates, in place, the layers that read units which the plan removes; their columns of these are zero afterwards.
 
     `known(path)` gives moments of a layer that were collected before; those of others are collected. Where the blocks of the
-    network do not talk through their hidden states alone, or there are none, inputs are those before the cut.
+    network do not talk through their hidden states alone, and for units that run through all of them, inputs are those before
+    the cut.
     """
-    losses = reading(model, graph, plan)
-    chain = Chain.to_predict(model, graph, data.batches[0], data.objective) if asked.inputs == "pruned" else None
-    inside = {loss.layer.path for loss in losses if chain and graph.blocks.layer_of(loss.layer.path) is not None}
     with prepared(model):
-        if outside := [loss for loss in losses if loss.layer.path not in inside]:
-            _at_once(model, graph, outside, data, asked, known)
-        if chain and inside:
+        chain = Chain.to_predict(model, graph, data.batches[0], data.objective) if asked.inputs == "pruned" else None
+        at_once = plan.of_layer(None) if chain else plan
+        if losses := reading(model, graph, at_once):
+            _at_once(model, graph, losses, data, asked, known)
+        if chain:
             _after_prefix(model, chain, graph, plan, data, asked.damping)
 
 

@@ -169,7 +169,7 @@ class LLMSurgeon(Method):
 
     def _make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, *, shot: int, progress: Progress) -> None:
         """The update of one shot, or what was noted of it."""
-        if self.compensation is None:
+        if self.compensation is None or progress.noted(f"shot-{shot}/superseded"):
             return
         layers = [loss.layer for loss in reading(model, graph, plan)]
         stored = progress.get(f"shot-{shot}/weights")
@@ -181,6 +181,9 @@ class LLMSurgeon(Method):
             for layer in layers:
                 layer.write(stored[layer.path])
         progress.drop(f"shot-{shot}/moments")
+        if shot > 1:
+            progress.note(f"shot-{shot - 1}/superseded")
+            progress.drop(f"shot-{shot - 1}/weights")
 
 
 def _read(model: nn.Module, graph: Graph, kinds: Sequence[str]) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate
@@ -101,7 +103,8 @@ def prune(
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
-        with _noted(progress, [method, chosen.model_dump(mode="json"), asked, provenance], resume) as notes:
+        whole = [method, chosen.model_dump(mode="json"), asked, provenance, _fingerprint(given)]
+        with _noted(progress, whole, resume) as notes:
             with _timed(seconds, "plan"), _undone(model, undo=plan_only and chosen.writes):
                 plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
             if not plan_only:
@@ -168,6 +171,15 @@ def _data(
 def _windows(tokens: Tensor) -> Data:
     """Windows [sequences, length], a few at a time."""
     return Data(tokens.split(max(1, BATCH_TOKENS // max(tokens.shape[1], 1))))
+
+
+def _fingerprint(data: Data) -> str:
+    """A number that tells batches apart."""
+    digest = hashlib.sha256()
+    for tensor in tree_leaves(list(data.batches)):
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """`W` [rows, columns] in float64, the bias last."""
-        weight = self.weight.detach().double()
+        weight = self.weight.detach().double().clone()
         weight = weight.T if self.input_axis == 0 else weight.flatten(1)
         return weight if self.bias is None else torch.cat([weight, self.bias.detach().double()[:, None]], 1)
 

@@ -1,0 +1,222 @@
+"""LLM Surgeon: whole units by curvature, updates, shots, and runs that are cut short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.checkpoint import Progress
+from resect.errors import NumericsError, UsageError
+from resect.graph import Graph
+from resect.methods import Compensation, LLMSurgeon
+from resect.methods.compensation import compensate
+from resect.methods.llm_surgeon import FewPositions
+from resect.plan import Kept, Plan
+from resect.statistics import Data, layer_of
+from resect.surgery import masked
+from tests.models import FAMILIES, assert_untouched, copy_of, random_tokens, snapshot
+
+TOKENS = random_tokens(24, 16, seed=3)
+KEPT = {"heads": 1, "channels": 5}
+
+
+def surgeon(model: nn.Module, **options: Any) -> resect.Result:
+    """A small run on fixed tokens."""
+    options = {"data": TOKENS, "layout": "per-layer", "keep": 0.7, **options}
+    return resect.prune(model, method="llm-surgeon", **options)
+
+
+def some_plan(graph: Graph, kinds: tuple[str, ...] = ("heads", "channels")) -> Plan:
+    """Half of every group of some kinds."""
+    kept = {group: tuple(range(0, group.units, 2)) for group in graph.of_kind(*kinds)}
+    return Plan(groups={g.name: Kept(kind=g.kind, layer=g.layer, units=g.units, keep=keep) for g, keep in kept.items()})
+
+
+@pytest.mark.parametrize("family", ["llama_biases", "gpt2", "qwen3", "gemma2", "opt", "olmo2", "falcon_gqa", "phi"])
+def test_families_are_cut_and_checked(family: str) -> None:
+    result = surgeon(FAMILIES[family](), settings={"shots": 2})
+    assert result.plan.removed()
+    assert result.report["cut_equals_mask"]["difference"] <= result.report["cut_equals_mask"]["allowed"]
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "activations"])
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_every_fisher_in_every_layout(fisher: str, layout: str) -> None:
+    result = surgeon(FAMILIES["llama"](), layout=layout, settings={"fisher": fisher, "shots": 2})
+    share = result.report["block_parameters"]["pruned"] / result.report["block_parameters"]["dense"]
+    assert 0.6 < share <= 0.7
+
+
+def test_a_dry_run_leaves_the_model_alone() -> None:
+    model = FAMILIES["llama"]()
+    before = snapshot(model)
+    assert surgeon(model, plan_only=True, settings={"shots": 3}).plan.removed()
+    assert_untouched(model, before)
+
+
+def inputs_of(model: nn.Module, path: str, tokens: Tensor) -> Tensor:
+    """What a layer takes in: [positions, columns] float64."""
+    layer, seen = layer_of(model, path), []
+    assert layer is not None
+    handle = layer.module.register_forward_hook(lambda module, given, output: seen.append(layer.inputs(given[0]).double()))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def least_squares(wanted: Tensor, given: Tensor, weight: Tensor, gone: Tensor, damping: float) -> Tensor:
+    """The matrix with zero columns that minimises `mean |wanted − Ŵ given|² + damping · scale · |Ŵ − W|²`, as one big system."""
+    stays = torch.ones(given.shape[1], dtype=torch.bool)
+    stays[gone] = False
+    x = given[:, stays]
+    ridge = damping * (given.square().mean(0)).mean().item() * len(x)
+    rows = torch.cat([x, ridge**0.5 * torch.eye(x.shape[1], dtype=x.dtype)])
+    targets = torch.cat([wanted, ridge**0.5 * weight[:, stays].T])
+    found = torch.zeros_like(weight)
+    found[:, stays] = torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
+    return found
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compensation_is_least_squares_on_the_inputs_it_names(family: str, inputs: str) -> None:
+    """Every layer in turn: with `dense`, of the network before; with `pruned`, of what was cut and updated so far."""
+    dense = FAMILIES[family]().double()
+    model, graph = copy_of(dense), resect.trace(dense)
+    plan = some_plan(graph)
+    compensate(model, graph, plan, Data(TOKENS.split(5)), Compensation(inputs=inputs, damping=0.01))
+    step = copy_of(dense)
+    for path, columns in removed_columns(step, graph, plan):
+        layer, reference = layer_of(model, path), layer_of(step, path)
+        assert layer is not None
+        assert reference is not None
+        weight = layer_of(dense, path).matrix()  # type: ignore[union-attr]
+        before = inputs_of(dense, path, TOKENS)
+        if inputs == "dense":
+            expected = damped_like_obs(before, weight, columns)
+        else:
+            with masked(step, plan.of_layer(graph.blocks.layer_of(path)) & earlier(plan, graph, path), graph):
+                after = inputs_of(step, path, TOKENS)
+            expected = least_squares(before @ weight.T, after, weight, columns, 0.01)
+            reference.write(expected)
+        assert torch.allclose(layer.matrix(), expected, rtol=1e-5, atol=1e-7), path
+
+
+def earlier(plan: Plan, graph: Graph, path: str) -> Plan:
+    """The part of a plan about blocks before the one of a layer."""
+    layer = graph.blocks.layer_of(path) or 0
+    return Plan(groups={name: kept for name, kept in plan.groups.items() if kept.layer is not None and kept.layer < layer})
+
+
+def removed_columns(model: nn.Module, graph: Graph, plan: Plan) -> list[tuple[str, Tensor]]:
+    return [(loss.layer.path, loss.columns) for loss in resect.surgery.reading(model, graph, plan)]
+
+
+def damped_like_obs(x: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
+    """Optimal Brain Surgeon by its definition: `W − W_C ([A⁻¹]_CC)⁻¹ A⁻¹[C,:]`."""
+    A = x.T @ x / len(x)
+    inverse = torch.linalg.inv(A + 0.01 * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype))
+    found = weight - weight[:, gone] @ torch.linalg.inv(inverse[gone][:, gone]) @ inverse[gone]
+    found[:, gone] = 0
+    return found
+
+
+def error_of(model: nn.Module, dense: nn.Module) -> float:
+    with torch.no_grad():
+        return float((model(input_ids=TOKENS).logits - dense(input_ids=TOKENS).logits).square().mean())
+
+
+def test_compensation_helps_and_pruned_inputs_help_more() -> None:
+    dense = FAMILIES["llama"]()
+    errors = []
+    for compensation in (None, {"inputs": "dense"}, {"inputs": "pruned"}):
+        model = copy_of(dense)
+        surgeon(model, keep=0.5, settings={"shots": 1, "compensation": compensation})
+        errors.append(error_of(model, dense))
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("kinds", [("heads", "channels"), ("residual",)])
+def test_compensation_serves_other_methods(kinds: tuple[str, ...]) -> None:
+    dense = FAMILIES["llama"]()
+    errors = []
+    for compensation in (None, {}):
+        model = copy_of(dense)
+        settings = {"criterion": "l2", "kinds": kinds, "compensation": compensation}
+        resect.prune(model, data=TOKENS, keep=0.6, layout="per-layer", settings=settings)
+        errors.append(error_of(model, dense))
+    assert errors[0] > errors[1]
+
+
+class Stopped(BaseException):
+    """The power went."""
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_a_run_that_was_cut_short_anywhere_goes_on_to_the_same_bits(
+    inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = FAMILIES["llama"]()
+    settings = {"shots": 3, "compensation": {"inputs": inputs}}
+    whole = copy_of(dense)
+    expected = surgeon(whole, settings=settings)
+    calls, stop = [0], [-1]
+    put, note = Progress.put, Progress.note
+
+    def counted(write: Any) -> Any:
+        def interrupted(self: Progress, *args: Any, **kwargs: Any) -> None:
+            calls[0] += 1
+            if calls[0] == stop[0]:
+                raise Stopped
+            write(self, *args, **kwargs)
+
+        return interrupted
+
+    monkeypatch.setattr(Progress, "put", counted(put))
+    monkeypatch.setattr(Progress, "note", counted(note))
+    surgeon(copy_of(dense), settings=settings)
+    total = calls[0]
+    assert total > 20
+    for stop[0] in (1, 3, 8, total // 2, total - 4, total - 1, total):
+        calls[0] = 0
+        with pytest.raises(Stopped):
+            surgeon(copy_of(dense), settings=settings, progress=tmp_path / "run")
+        again = copy_of(dense)
+        result = surgeon(again, settings=settings, progress=tmp_path / "run", resume=True)
+        assert result.plan == expected.plan
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), (stop[0], name)
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_progress_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LLMSurgeon, "make_up", stop)
+        with pytest.raises(Stopped):
+            surgeon(FAMILIES["llama"](), progress=tmp_path / "run")
+    with pytest.raises(UsageError, match="asked for something else"):
+        surgeon(FAMILIES["llama"](), keep=0.6, progress=tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="asked for something else"):
+        surgeon(FAMILIES["llama"](), data=TOKENS.flip(0), progress=tmp_path / "run", resume=True)
+
+
+def test_too_little_text_is_said() -> None:
+    with pytest.warns(FewPositions, match="rank 12 at most"):
+        surgeon(FAMILIES["llama"](), data=TOKENS[:1, :12], settings={"shots": 1})
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] = torch.nan
+    with pytest.raises(NumericsError):
+        surgeon(model)
