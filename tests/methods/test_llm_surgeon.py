@@ -85,7 +85,7 @@ def least_squares(wanted: Tensor, given: Tensor, weight: Tensor, gone: Tensor, d
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_compensation_is_least_squares_on_the_inputs_it_names(family: str, inputs: str) -> None:
+def test_compensation_is_least_squares_on_the_inputs_it_names(family: str, inputs: Any) -> None:
     """Every layer in turn: with `dense`, of the network before; with `pruned`, of what was cut and updated so far."""
     dense = FAMILIES[family]().double()
     model, graph = copy_of(dense), resect.trace(dense)
@@ -135,7 +135,8 @@ def error_of(model: nn.Module, dense: nn.Module) -> float:
 def test_compensation_helps_and_pruned_inputs_help_more() -> None:
     dense = FAMILIES["llama"]()
     errors = []
-    for compensation in (None, {"inputs": "dense"}, {"inputs": "pruned"}):
+    choices: list[Any] = [None, {"inputs": "dense"}, {"inputs": "pruned"}]
+    for compensation in choices:
         model = copy_of(dense)
         surgeon(model, keep=0.5, settings={"shots": 1, "compensation": compensation})
         errors.append(error_of(model, dense))
@@ -146,7 +147,8 @@ def test_compensation_helps_and_pruned_inputs_help_more() -> None:
 def test_compensation_serves_other_methods(kinds: tuple[str, ...]) -> None:
     dense = FAMILIES["llama"]()
     errors = []
-    for compensation in (None, {}):
+    choices: list[Any] = [None, {}]
+    for compensation in choices:
         model = copy_of(dense)
         settings = {"criterion": "l2", "kinds": kinds, "compensation": compensation}
         resect.prune(model, data=TOKENS, keep=0.6, layout="per-layer", settings=settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,9 +21,11 @@ from resect.errors import UsageError
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Units
-from resect.plan import Plan, keep_all, select
+from resect.methods.sparsity import Sparsity, impose
+from resect.plan import Pattern, Plan, keep_all, select
+from resect.recovery import Correction
 from resect.saliency import Reader, ladder
-from resect.statistics import Data, Moments, collect_curvature, readers
+from resect.statistics import Data, Layer, Moments, collect_curvature, readers
 from resect.surgery import masked, reading
 
 
@@ -34,16 +36,19 @@ class FewPositions(UserWarning):
 class LLMSurgeon(Method):
     """Settings of the method; every default is explained in docs/methods.md."""
 
+    mode: Annotated[str, Field(pattern=r"^(coupled|rows-columns|unstructured|[1-9]\d*:[1-9]\d*)$")] = "coupled"
     kinds: tuple[Literal["heads", "channels"], ...] = ("heads", "channels")
     shots: int = Field(default=5, ge=1)
     fisher: Literal["empirical", "sampled", "activations"] = "empirical"
     draws: int = Field(default=1, ge=1)
     damping: float = Field(default=0.01, ge=0)
-    damping_gradients: float = Field(default=0.01, ge=0)
+    damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
+    max_correlate: int = Field(default=500, ge=1)
+    correction: Correction | None = None
     selection: Literal["global", "local"] = "global"
     floor: Units | dict[Literal["heads", "channels"], Units] = 1
-    spread: float | None = Field(default=1.2, ge=1)
+    spread: float | None = Field(default=None, ge=1)
 
     @property
     def removes(self) -> tuple[str, ...]:
@@ -51,9 +56,20 @@ class LLMSurgeon(Method):
         return self.kinds
 
     @property
+    def coupled(self) -> bool:
+        """Whether whole units go, and not parts of single matrices."""
+        return self.mode == "coupled"
+
+    @property
+    def damped(self) -> tuple[float, float]:
+        """Damping of `A` and `G`. Paper: ten times as much on `G` where elements go."""
+        usual = 0.01 if self.mode in ("coupled", "rows-columns") else 0.1
+        return self.damping, usual if self.damping_gradients is None else self.damping_gradients
+
+    @property
     def writes(self) -> bool:
         """Whether planning changes weights: between shots it does."""
-        return self.shots > 1 and self.compensation is not None
+        return not self.coupled or (self.shots > 1 and self.compensation is not None)
 
     def plan(
         self,
@@ -93,6 +109,33 @@ class LLMSurgeon(Method):
             plan = select(graph, scores, keep=1 - (1 - keep) * shot / self.shots, **asked)
         return plan, scores
 
+    def sparsify(
+        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+    ) -> Pattern:
+        """Makes single matrices sparse in place, with what stays updated; gives what stays of them.
+
+        `n:m` decides by itself how much stays; otherwise it is the share `keep` of the parameters in blocks or of the model.
+        """
+        if of == "macs":
+            raise UsageError("of=macs was asked; parts of single matrices are counted in parameters. Use of=blocks or of=model.")
+        damping, damping_gradients = self.damped
+        asked = Sparsity(
+            kind=self.mode,
+            shots=self.shots,
+            damping=damping,
+            damping_gradients=damping_gradients,
+            update=self.compensation is not None,
+            max_correlate=self.max_correlate,
+            floor=self.floor if isinstance(self.floor, int) else 1,
+            correction=self.correction,
+        )
+        remove = round((1 - keep) * graph.parameter_count(blocks_only=of == "blocks"))
+
+        def gather(layers: Sequence[Layer], shot: int) -> None:
+            self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
+
+        return impose(model, graph, data, asked, remove=remove, collect=gather, progress=progress)
+
     def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:
         """Updates the weights that stay for what the last shot removed."""
         self._make_up(model, graph, plan, data, shot=self.shots, progress=progress)
@@ -112,14 +155,15 @@ class LLMSurgeon(Method):
         """What each unit costs after those that go before it; nothing for those that went."""
         if stored := progress.get(f"shot-{shot}/scores"):
             return stored
-        self._collect(model, graph, groups, plan, data, shot=shot, seed=seed, progress=progress)
+        found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
+        with masked(model, plan, graph):
+            self._collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
         scores = {}
         for group in tqdm(groups, desc=f"ladders, shot {shot}", leave=False, delay=2):
             layers = []
             for layer, columns in readers(model, graph, group):
-                curvature = _moments(progress, shot, layer.path).curvature(
-                    layer.path, damping=self.damping, damping_gradients=self.damping_gradients
-                )
+                moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
+                curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
                 layers.append(Reader(layer.matrix(), curvature, columns))
             gone = sorted(set(range(group.units)) - set(plan.groups[group.name].keep))
             scores[group.name] = ladder(layers, gone=gone).scores(group.units)
@@ -128,43 +172,33 @@ class LLMSurgeon(Method):
         return scores
 
     def _collect(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        groups: Sequence[Group],
-        plan: Plan,
-        data: Data,
-        *,
-        shot: int,
-        seed: int,
-        progress: Progress,
+        self, model: nn.Module, graph: Graph, layers: Sequence[Layer], data: Data, *, shot: int, seed: int, progress: Progress
     ) -> None:
-        """Moments of all layers that read a group, of the network as the shots before left it."""
+        """Moments of some layers of the network as the shots before left it."""
         if progress.noted(f"shot-{shot}/collected"):
             return
-        layers = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
+        columns = {layer.path: layer.columns for layer in layers}
         thin: dict[str, tuple[int, int]] = {}
 
         def sink(path: str, moments: Moments) -> None:
-            if moments.positions < layers[path].columns:
-                thin[path] = (moments.positions, layers[path].columns)
+            if moments.positions < columns[path]:
+                thin[path] = (moments.positions, columns[path])
             progress.put(f"shot-{shot}/moments/{path}", moments.tensors())
 
-        with masked(model, plan, graph):
-            loss = collect_curvature(
-                model,
-                data.batches,
-                graph,
-                list(layers),
-                sink,
-                fisher=self.fisher,
-                draws=self.draws,
-                seed=seed + shot,
-                objective=data.objective,
-                spill=progress.folder(f"shot-{shot}/entering"),
-            )
+        collect_curvature(
+            model,
+            data.batches,
+            graph,
+            list(columns),
+            sink,
+            fisher=self.fisher,
+            draws=self.draws,
+            seed=seed + shot,
+            objective=data.objective,
+            spill=progress.folder(f"shot-{shot}/entering"),
+        )
         progress.drop(f"shot-{shot}/entering")
-        progress.note(f"shot-{shot}/collected", loss=loss)
+        progress.note(f"shot-{shot}/collected")
         _warn(thin)
 
     def _make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, *, shot: int, progress: Progress) -> None:

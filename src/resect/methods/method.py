@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resect.checkpoint import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
-from resect.plan import Plan
+from resect.plan import Pattern, Plan
 from resect.statistics import Data
 
 Units = Annotated[int, Field(ge=0)]
@@ -36,6 +36,11 @@ class Method(BaseModel, ABC):
         return True
 
     @property
+    def coupled(self) -> bool:
+        """Whether whole units go, by a plan; parts of single matrices go by `sparsify`."""
+        return True
+
+    @property
     def writes(self) -> bool:
         """Whether planning changes weights."""
         return False
@@ -55,6 +60,12 @@ class Method(BaseModel, ABC):
         progress: Progress,
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`."""
+
+    def sparsify(
+        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+    ) -> Pattern:
+        """Makes parts of single matrices zero, in place, and gives what stays."""
+        raise NotImplementedError
 
     def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:
         """Updates the weights that stay for what the plan removes, if the settings say so."""

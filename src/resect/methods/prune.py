@@ -26,7 +26,7 @@ from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.method import Method
 from resect.methods.vocabulary import Vocabulary
-from resect.plan import LAYOUTS, Plan
+from resect.plan import LAYOUTS, Pattern, Plan
 from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check
 
@@ -45,6 +45,8 @@ class Result:
     graph: Graph | None = None
     tokenizer: Any = None
     """The one given, without the tokens whose rows went."""
+    pattern: Pattern | None = None
+    """What stays of single matrices, where whole units were not what went."""
 
 
 def prune(
@@ -93,23 +95,29 @@ def prune(
             trimmed = vocabulary.plan(graph, tokenizer)
     plan = Plan()
     scores: dict[str, Tensor] = {}
+    pattern: Pattern | None = None
     provenance: dict[str, Any] | None = None
     withheld: dict[str, str] = {}
     if vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None:
-        with _timed(seconds, "trace"):
-            chosen, withheld = _deployable(chosen, model, graph, layout)
+        if chosen.coupled:
+            with _timed(seconds, "trace"):
+                chosen, withheld = _deployable(chosen, model, graph, layout)
         given = Data(())
         if chosen.needs_data:
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
         whole = [method, chosen.model_dump(mode="json"), asked, provenance, _fingerprint(given)]
-        with _noted(progress, whole, resume) as notes:
-            with _timed(seconds, "plan"), _undone(model, undo=plan_only and chosen.writes):
-                plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
-            if not plan_only:
-                with _timed(seconds, "compensate"):
-                    chosen.make_up(model, graph, plan, given, notes)
+        with _noted(progress, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
+            if chosen.coupled:
+                with _timed(seconds, "plan"):
+                    plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
+                if not plan_only:
+                    with _timed(seconds, "compensate"):
+                        chosen.make_up(model, graph, plan, given, notes)
+            else:
+                with _timed(seconds, "plan"):
+                    pattern = chosen.sparsify(model, graph, given, keep=keep, of=of, seed=seed, progress=notes)
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
@@ -126,7 +134,9 @@ def prune(
     if not plan_only:
         with _timed(seconds, "cut"):
             report["cut_equals_mask"] = cut_and_check(model, plan, graph, seed=seed)
-    return Result(model, plan, report, scores, graph, tokenizer)
+    if pattern is not None:
+        report["zeros"] = sum(matrix.zeros for matrix in pattern.layers.values())
+    return Result(model, plan, report, scores, graph, tokenizer, pattern)
 
 
 def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> Method:

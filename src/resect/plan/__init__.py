@@ -1,5 +1,6 @@
 """Which units stay: scores, prices and a budget give a plan."""
 
+from resect.plan.pattern import Matrix, Pattern, lowest, rows_and_columns
 from resect.plan.plan import Kept, Plan, keep_all
 from resect.plan.select import LAYOUTS, OF, SELECTIONS, Ranges, cost_of, select, select_share
 
@@ -8,10 +9,14 @@ __all__ = [
     "OF",
     "SELECTIONS",
     "Kept",
+    "Matrix",
+    "Pattern",
     "Plan",
     "Ranges",
     "cost_of",
     "keep_all",
+    "lowest",
+    "rows_and_columns",
     "select",
     "select_share",
 ]

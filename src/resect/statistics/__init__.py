@@ -5,7 +5,7 @@ from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, positio
 from resect.statistics.curvature import FISHERS, Curvature, DampingRaised, Moments, collect_curvature
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.layers import Layer, layer_of, layers_of, readers
-from resect.statistics.objective import Classes, Data, NextToken, Objective
+from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.prefix import Pairs, Prefix
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "collect_curvature",
     "layer_of",
     "layers_of",
+    "loss_of",
     "position_values",
     "prepared",
     "readers",

@@ -61,6 +61,11 @@ class Moments:
         positions, predictions = self.positions + other.positions, self.predictions + other.predictions
         return Moments(self.inputs + other.inputs, gradients, positions, predictions)
 
+    def part(self, rows: Tensor, columns: Tensor) -> Moments:
+        """Those of a matrix of which only some rows and columns are left."""
+        gradients = None if self.gradients is None else self.gradients[rows][:, rows]
+        return Moments(self.inputs[columns][:, columns], gradients, self.positions, self.predictions)
+
     def tensors(self) -> dict[str, Tensor]:
         """As tensors by name, to be written to a file."""
         counts = {"positions": torch.tensor(self.positions), "predictions": torch.tensor(self.predictions)}

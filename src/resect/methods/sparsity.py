@@ -1,0 +1,214 @@
+"""LLM Surgeon on single matrices: rows and columns as in the paper, elements, and n of m neighbours; shot after shot.
+
+What goes is zero and stays zero; what stays is updated jointly. Rows and columns can be taken out physically afterwards, by
+layers that gather what they read and scatter what they put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resect.checkpoint import Progress
+from resect.errors import UsageError
+from resect.graph import Graph
+from resect.plan import Matrix, Pattern, lowest, rows_and_columns
+from resect.recovery import Correction, correct
+from resect.saliency import column_losses, element_losses, pattern_losses, row_losses
+from resect.statistics import Curvature, Data, Layer, Moments, layer_of
+from resect.surgery import without_elements, without_rows_and_columns
+
+Collect = Callable[[Sequence[Layer], int], None]
+"""Notes the moments of layers for a shot."""
+
+
+@dataclass
+class Stays:
+    """What stays of a matrix, its bias aside: rows, columns, or elements; True stays."""
+
+    rows: Tensor
+    columns: Tensor
+    elements: Tensor
+
+    @classmethod
+    def whole(cls, layer: Layer) -> Stays:
+        """Everything."""
+        rows, columns = layer.rows, layer.columns - (layer.bias is not None)
+        ones = torch.ones(rows, columns, dtype=torch.bool)
+        return cls(ones[:, 0], ones[0], ones)
+
+    def lines(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The numbers of rows and columns that stay, the column of a bias included."""
+        columns = self.columns
+        if layer.bias is not None:
+            columns = torch.cat([columns, torch.ones(1, dtype=torch.bool)])
+        return self.rows.nonzero().flatten(), columns.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What is asked of matrices."""
+
+    kind: str
+    """`rows-columns`, `unstructured`, or `n:m`."""
+    shots: int
+    damping: float
+    damping_gradients: float
+    update: bool
+    max_correlate: int
+    floor: int
+    correction: Correction | None
+
+    @property
+    def neighbours(self) -> tuple[int, int] | None:
+        """n and m."""
+        keep, colon, of = self.kind.partition(":")
+        return (int(keep), int(of)) if colon else None
+
+
+def matrices(model: nn.Module, graph: Graph) -> list[Layer]:
+    """The layers inside blocks that are one matrix each; without blocks, all such layers but the last."""
+    names = [name.removesuffix(".weight") for name in graph.parameters if name.endswith(".weight")]
+    layers = [layer for layer in (layer_of(model, name) for name in names) if layer]
+    inside = [layer for layer in layers if graph.blocks.layer_of(f"{layer.path}.weight") is not None]
+    return inside or layers[:-1]
+
+
+def impose(
+    model: nn.Module, graph: Graph, data: Data, asked: Sparsity, *, remove: int, collect: Collect, progress: Progress
+) -> Pattern:
+    """Makes a network sparse in place, in shots; gives what stays. `remove` counts the parameters that become zero."""
+    layers = matrices(model, graph)
+    if not layers:
+        raise UsageError("Nothing to cut: the network has no linear layer or ungrouped convolution.")
+    if asked.neighbours:
+        _check_divides(layers, *asked.neighbours)
+    stays = {layer.path: Stays.whole(layer) for layer in layers}
+    for shot in range(1, asked.shots + 1):
+        if progress.noted(f"shot-{shot + 1}/imposed"):
+            continue
+        if not progress.noted(f"shot-{shot}/imposed"):
+            collect(layers, shot)
+            step = _lines if asked.kind == "rows-columns" else _elements
+            step(layers, stays, asked, remove * shot // asked.shots, shot=shot, progress=progress)
+            if asked.correction:
+                kept = {path: found.elements for path, found in stays.items()}
+                correct(layers, kept, model, data, asked.correction, last=shot == asked.shots, seed=shot)
+            for layer in layers:
+                progress.put(f"shot-{shot}/layers/{layer.path}", {"matrix": layer.matrix(), **vars(stays[layer.path])})
+            progress.note(f"shot-{shot}/imposed")
+            for done in (f"shot-{shot}/moments", f"shot-{shot}/losses", f"shot-{shot - 1}"):
+                progress.drop(done)
+        else:
+            for layer in layers:
+                stored = progress.get(f"shot-{shot}/layers/{layer.path}")
+                assert stored is not None
+                layer.write(stored.pop("matrix"))
+                stays[layer.path] = Stays(**stored)
+    return Pattern(kind=asked.kind, layers={layer.path: _matrix(stays[layer.path], asked) for layer in layers})
+
+
+def _lines(
+    layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
+) -> None:
+    """Rows and columns of all matrices by one threshold."""
+    losses = {}
+    for layer in tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2):
+        rows, columns = stays[layer.path].lines(layer)
+        weight, curvature = _part(layer, rows, columns, asked, shot, progress)
+        found = torch.zeros(layer.rows, dtype=torch.float64), torch.zeros(layer.columns, dtype=torch.float64)
+        found[0][rows] = row_losses(weight, curvature, update=asked.update)
+        found[1][columns] = column_losses(weight, curvature, update=asked.update)
+        losses[layer.path] = (found[0], found[1][: len(stays[layer.path].columns)])
+    chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
+    for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
+        rows, columns = stays[layer.path].lines(layer)
+        gone_rows, gone_columns = chosen[layer.path]
+        stays[layer.path] = Stays(~gone_rows, ~gone_columns, ~gone_rows[:, None] & ~gone_columns)
+        matrix = torch.zeros(layer.rows, layer.columns, dtype=torch.float64)
+        if asked.update:
+            weight, curvature = _part(layer, rows, columns, asked, shot, progress)
+            gone = torch.isin(rows, gone_rows.nonzero().flatten()), torch.isin(columns, gone_columns.nonzero().flatten())
+            at = rows[:, None], columns
+            matrix[at] = without_rows_and_columns(weight, curvature, *(side.nonzero().flatten() for side in gone))
+        else:
+            kept = stays[layer.path].lines(layer)
+            at = kept[0][:, None], kept[1]
+            matrix[at] = layer.matrix()[at]
+        layer.write(matrix)
+
+
+def _elements(
+    layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
+) -> None:
+    """Elements, or groups of neighbours, of all matrices by one threshold."""
+    names = [f"shot-{shot}/losses/{layer.path}" for layer in layers]
+    for layer, name in zip(tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2), names, strict=True):
+        weight, curvature = _part(layer, *Stays.whole(layer).lines(layer), asked, shot, progress)
+        elements = stays[layer.path].elements
+        losses = element_losses(weight, curvature, update=asked.update)[:, : elements.shape[1]].masked_fill(~elements, 0)
+        found = {"elements": losses.float()}
+        if asked.neighbours:
+            summed, goes = pattern_losses(losses, *asked.neighbours)
+            found = {"groups": summed.float(), "goes": goes}
+        progress.put(name, found)
+    key = "groups" if asked.neighbours else "elements"
+
+    def stored() -> Iterator[Tensor]:
+        return ((progress.get(name) or {})[key] for name in names)
+
+    count = _groups(layers, *asked.neighbours) * shot // asked.shots if asked.neighbours else remove
+    threshold = lowest(stored, count)
+    for layer, name in zip(tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2), names, strict=True):
+        found = progress.get(name) or {}
+        gone = found[key] <= threshold
+        if asked.neighbours:
+            gone = gone.repeat_interleave(asked.neighbours[1], dim=1) & found["goes"]
+        gone |= ~stays[layer.path].elements
+        stays[layer.path] = Stays((~gone).any(1), (~gone).any(0), ~gone)
+        _zero(layer, gone, asked, shot, progress)
+
+
+def _zero(layer: Layer, gone: Tensor, asked: Sparsity, shot: int, progress: Progress) -> None:
+    weight, curvature = _part(layer, *Stays.whole(layer).lines(layer), asked, shot, progress)
+    whole = torch.zeros_like(weight, dtype=torch.bool)
+    whole[:, : gone.shape[1]] = gone
+    if asked.update:
+        layer.write(without_elements(weight, curvature, whole, max_correlate=asked.max_correlate))
+    else:
+        layer.write(weight.masked_fill(whole, 0))
+
+
+def _part(
+    layer: Layer, rows: Tensor, columns: Tensor, asked: Sparsity, shot: int, progress: Progress
+) -> tuple[Tensor, Curvature]:
+    """A matrix and its curvature, cut to some rows and columns."""
+    stored = progress.get(f"shot-{shot}/moments/{layer.path}")
+    assert stored is not None
+    found = Moments.of(stored).part(rows, columns)
+    curvature = found.curvature(layer.path, damping=asked.damping, damping_gradients=asked.damping_gradients)
+    return layer.matrix()[rows][:, columns], curvature
+
+
+def _matrix(stays: Stays, asked: Sparsity) -> Matrix:
+    rows, columns = stays.elements.shape
+    lines = {"rows": stays.rows, "columns": stays.columns} if asked.kind == "rows-columns" else {}
+    kept = {name: tuple(line.nonzero().flatten().tolist()) for name, line in lines.items() if not line.all()}
+    return Matrix(shape=(rows, columns), zeros=int((~stays.elements).sum()), **kept)
+
+
+def _groups(layers: Sequence[Layer], keep: int, of: int) -> int:
+    return sum(layer.rows * (layer.columns - (layer.bias is not None)) // of for layer in layers)
+
+
+def _check_divides(layers: Sequence[Layer], keep: int, of: int) -> None:
+    for layer in layers:
+        columns = layer.columns - (layer.bias is not None)
+        if columns % of:
+            raise UsageError(
+                f"{keep}:{of} was asked; {layer.path} has {columns} inputs, which do not divide into groups of {of}."
+            )

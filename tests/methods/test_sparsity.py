@@ -1,0 +1,164 @@
+"""LLM Surgeon on single matrices: rows and columns, elements, neighbours; what is zero stays zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.checkpoint import Progress
+from resect.errors import UsageError
+from resect.methods.sparsity import matrices
+from tests.models import FAMILIES, copy_of, random_tokens
+
+TOKENS = random_tokens(24, 16, seed=3)
+MODES = ["rows-columns", "unstructured", "2:4"]
+
+
+def surgeon(model: nn.Module, mode: str, *, keep: float = 0.6, **settings: Any) -> resect.Result:
+    """A small run on fixed tokens."""
+    given: dict[str, Any] = {key: settings.pop(key) for key in ("progress", "resume", "plan_only", "of") if key in settings}
+    return resect.prune(model, method="llm-surgeon", keep=keep, data=TOKENS, settings={"mode": mode, **settings}, **given)
+
+
+def zeros(model: nn.Module, graph: resect.Graph) -> int:
+    return sum(int((layer.weight == 0).sum()) for layer in matrices(model, graph))
+
+
+def error_of(model: nn.Module, dense: nn.Module) -> float:
+    with torch.no_grad():
+        return float((model(input_ids=TOKENS).logits - dense(input_ids=TOKENS).logits).square().mean())
+
+
+@pytest.mark.parametrize(("family", "shots"), [("llama", 1), ("llama", 3), ("gpt2", 2)])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_share_asked_for_stays(mode: str, family: str, shots: int) -> None:
+    model = FAMILIES[family]()
+    graph = resect.trace(model)
+    result = surgeon(model, mode, shots=shots)
+    assert result.pattern is not None
+    found = zeros(model, graph)
+    assert found == result.report["zeros"] == sum(matrix.zeros for matrix in result.pattern.layers.values())
+    whole = graph.parameter_count(blocks_only=True)
+    if mode == "2:4":
+        assert found == sum(layer.weight.numel() for layer in matrices(model, graph)) // 2
+    else:
+        assert 0.36 * whole < found <= 0.4 * whole
+
+
+def test_no_row_keeps_more_than_two_of_four() -> None:
+    model = FAMILIES["llama"]()
+    graph = resect.trace(model)
+    surgeon(model, "2:4", shots=2)
+    for layer in matrices(model, graph):
+        assert ((layer.weight == 0).reshape(layer.rows, -1, 4).sum(2) == 2).all()
+
+
+def test_rows_and_columns_are_those_of_the_pattern() -> None:
+    model = FAMILIES["llama_biases"]()
+    pattern = surgeon(model, "rows-columns", shots=2).pattern
+    assert pattern is not None
+    assert resect.plan.Pattern.from_json(pattern.to_json()) == pattern
+    for path, matrix in pattern.layers.items():
+        weight = model.get_parameter(f"{path}.weight")
+        stays = torch.ones(matrix.shape, dtype=torch.bool)
+        for axis, kept in enumerate((matrix.rows, matrix.columns)):
+            gone = torch.ones(matrix.shape[axis], dtype=torch.bool)
+            gone[list(kept) if kept is not None else slice(None)] = False
+            stays[(slice(None),) * axis + (gone,)] = False
+            if axis == 0:
+                assert (model.get_parameter(f"{path}.bias")[gone] == 0).all()
+        assert torch.equal(weight != 0, stays)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_updates_help(mode: str) -> None:
+    dense = FAMILIES["llama"]()
+    errors = []
+    choices: list[Any] = [None, {}]
+    for compensation in choices:
+        model = copy_of(dense)
+        surgeon(model, mode, shots=1, keep=0.7, compensation=compensation, fisher="activations")
+        errors.append(error_of(model, dense))
+    assert errors[1] < errors[0]
+
+
+def loss_of(model: nn.Module) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS).logits[:, :-1]
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corrections_lower_the_loss_and_keep_zeros(mode: str) -> None:
+    dense = FAMILIES["llama"]()
+    results = {}
+    for name, correction in {"without": None, "with": {"share": 1.0, "learning_rate": 1e-2, "rank": 4}}.items():
+        model = copy_of(dense)
+        result = surgeon(model, mode, shots=2, keep=0.7, correction=correction)
+        assert zeros(model, resect.trace(dense)) == result.report["zeros"]
+        assert not any("parametrizations" in key for key in model.state_dict())
+        results[name] = loss_of(model)
+    assert results["with"] < results["without"]
+
+
+class Stopped(BaseException):
+    """The power went."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = FAMILIES["llama"]()
+    expected = copy_of(dense)
+    pattern = surgeon(expected, mode, shots=2, correction={}).pattern
+    calls, stop = [0], [-1]
+    note = Progress.note
+
+    def interrupted(self: Progress, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            raise Stopped
+        note(self, *args, **kwargs)
+
+    monkeypatch.setattr(Progress, "note", interrupted)
+    for stop[0] in (1, 2, 3, 4):
+        calls[0] = 0
+        with pytest.raises(Stopped):
+            surgeon(copy_of(dense), mode, shots=2, correction={}, progress=tmp_path / "run")
+        model = copy_of(dense)
+        assert surgeon(model, mode, shots=2, correction={}, progress=tmp_path / "run", resume=True).pattern == pattern
+        for name, value in expected.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), (stop[0], name)
+
+
+def test_a_dry_run_leaves_the_weights_alone() -> None:
+    model = FAMILIES["llama"]()
+    before: dict[str, Tensor] = {name: value.clone() for name, value in model.state_dict().items()}
+    result = surgeon(model, "unstructured", shots=1, plan_only=True)
+    assert result.report["zeros"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_neighbours_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UsageError, match="7:11 was asked"):
+        surgeon(FAMILIES["llama"](), "7:11")
+
+
+@pytest.mark.parametrize("mode", ["5:4", "rows", "2:4:6"])
+def test_unknown_modes_are_refused(mode: str) -> None:
+    with pytest.raises(UsageError):
+        surgeon(FAMILIES["llama"](), mode)
+
+
+def test_more_than_can_go_is_refused() -> None:
+    with pytest.raises(UsageError, match="parameters were to go"):
+        surgeon(FAMILIES["llama"](), "rows-columns", keep=0.2, floor=40, shots=1)
+
+
+def test_multiply_accumulates_are_refused() -> None:
+    with pytest.raises(UsageError, match="of=macs"):
+        surgeon(FAMILIES["llama"](), "unstructured", of="macs")
