@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import resect.recipe.runs
 from resect.checkpoint import load, save
 from resect.errors import CheckpointError, DataError, ModelError, NumericsError, UsageError
-from resect.plan import Plan
+from resect.plan import Pattern, Plan
 from resect.recipe import Recipe, evaluate, evaluation_section, read_recipe, run
 from tests.models import assert_same_function, random_tokens
 from tests.recipe.dense import small_recipe, write_text
@@ -239,3 +239,51 @@ def test_evaluate_refuses_what_is_no_model(tmp_path: Path) -> None:
         evaluate(["./nowhere"], asked=asked)
     with pytest.raises(UsageError, match=r"bfloat.*'bfloat16'"):
         evaluate(["./nowhere"], asked=asked, dtype="bfloat")
+
+
+SURGEON = {"method": "llm-surgeon", "settings": {"shots": 2}}
+
+
+def test_a_run_of_many_shots_goes_on_where_it_was_cut_short(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(recipe_of(dense, text, tmp_path / "whole", **SURGEON))
+    asked = recipe_of(dense, text, tmp_path / "out", **SURGEON)
+    with monkeypatch.context() as patched:
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(resect.recipe.runs, "save", stop)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(asked)
+    assert any("--resume" in note for note in stopped.value.__notes__)
+    assert (tmp_path / "out.progress").exists()
+    result = run(asked, resume=True)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("out")} == {"out"}
+    assert result.plan == whole.plan
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, result.model.state_dict()[name])
+
+
+def test_nothing_to_resume_is_said(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Nothing to resume"):
+        run(recipe_of(dense, text, tmp_path / "out", **SURGEON), resume=True)
+
+
+def test_what_was_refused_leaves_no_progress(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        run(recipe_of(dense, text, tmp_path / "out", **{**SURGEON, "keep": 0.001}))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_pattern_is_saved_with_the_zeros(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    settings = {"mode": "2:4", "shots": 1}
+    result = run(recipe_of(dense, text, tmp_path / "out", method="llm-surgeon", settings=settings))
+    pattern = Pattern.from_json((tmp_path / "out" / "pattern.json").read_text())
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert pattern.kind == "2:4"
+    assert sum(matrix.zeros for matrix in pattern.layers.values()) == sum(
+        int((stored[f"{name}.weight"] == 0).sum()) for name in pattern.layers
+    )
+    assert result.report.saved["layout"] == "uniform"

@@ -80,10 +80,6 @@ class Progress:
         self._path(name).unlink(missing_ok=True)
         shutil.rmtree(self.directory / name, ignore_errors=True)
 
-    def remove(self) -> None:
-        """Frees everything."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 

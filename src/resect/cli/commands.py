@@ -24,6 +24,7 @@ Dot = Annotated[str | None, typer.Option("--dot", metavar="FILE", help="Write th
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="The run directory.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what DIR holds, once the new result is whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop at plan.json: nothing is cut.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run of many shots that was cut short.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any value of the recipe, like settings.criterion=l2.")
 ]
@@ -95,6 +96,7 @@ def prune(
     device: Device = None,
     dtype: Dtype = None,
     dry_run: DryRun = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -117,7 +119,7 @@ def prune(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code or None,
     }
-    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, json=json)
+    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, resume=resume, json=json)
 
 
 @app.command()
@@ -128,13 +130,14 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     dry_run: DryRun = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Carry out a recipe: evaluate, prune, save, verify, evaluate again, report."""
     flags = {"output": output, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
-    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, json=json)
+    _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, resume=resume, json=json)
 
 
 @app.command()
@@ -175,7 +178,14 @@ def evaluate(
 
 
 def _run(
-    recipe: str | None, flags: dict[str, Any], assignments: list[str] | None, *, overwrite: bool, dry_run: bool, json: bool
+    recipe: str | None,
+    flags: dict[str, Any],
+    assignments: list[str] | None,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    resume: bool,
+    json: bool,
 ) -> None:
     with answering(as_json=json) as answer:
         answer.announce("read the recipe")
@@ -183,6 +193,6 @@ def _run(
         from resect.report import run_tables
 
         asked = read_recipe(recipe, nested(flags), assignments=assignments or ())
-        result = run(asked, overwrite=overwrite, dry_run=dry_run, announce=answer.announce)
+        result = run(asked, overwrite=overwrite, dry_run=dry_run, resume=resume, announce=answer.announce)
         answer.announce(f"done: {result.directory}")
         answer.give(result.report.to_json(), run_tables(result.report))

@@ -67,6 +67,11 @@ class LLMSurgeon(Method):
         return self.damping, usual if self.damping_gradients is None else self.damping_gradients
 
     @property
+    def long(self) -> bool:
+        """Every shot is noted."""
+        return True
+
+    @property
     def writes(self) -> bool:
         """Whether planning changes weights: between shots it does."""
         return not self.coupled or (self.shots > 1 and self.compensation is not None)

@@ -41,6 +41,11 @@ class Method(BaseModel, ABC):
         return True
 
     @property
+    def long(self) -> bool:
+        """Whether it notes its progress."""
+        return False
+
+    @property
     def writes(self) -> bool:
         """Whether planning changes weights."""
         return False

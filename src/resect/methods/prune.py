@@ -78,7 +78,7 @@ def prune(
     has the tokenizer that fits. `keep=1` then cuts nothing else. `plan_only` stops before the cut.
     A network that takes no tokens is traced with `inputs` and calibrated with `Data`: batches, and what is predicted from them.
     `progress` is a directory in which long methods note what is done; with `resume`, what is found there is not done again,
-    and the result is the same to the bit. It is removed when all is done.
+    and the result is the same to the bit. Remove it when the result is safe.
     Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     chosen = method_settings(method, settings)
@@ -108,7 +108,7 @@ def prune(
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
         whole = [method, chosen.model_dump(mode="json"), asked, provenance, _fingerprint(given)]
-        with _noted(progress, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
+        with _noted(progress if chosen.long else None, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
             if chosen.coupled:
                 with _timed(seconds, "plan"):
                     plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
@@ -194,14 +194,12 @@ def _fingerprint(data: Data) -> str:
 
 @contextmanager
 def _noted(directory: str | Path | None, asked: Any, resume: bool) -> Iterator[Progress]:
-    """Where progress is noted: the directory given, which is gone when all went well, or a temporary one."""
-    if directory is None:
-        with TemporaryDirectory() as temporary:
-            yield Progress(temporary, asked)
+    """Where progress is noted: the directory given, or a temporary one."""
+    if directory is not None:
+        yield Progress(directory, asked, resume=resume)
         return
-    notes = Progress(directory, asked, resume=resume)
-    yield notes
-    notes.remove()
+    with TemporaryDirectory() as temporary:
+        yield Progress(temporary, asked)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,20 +46,35 @@ class RunResult:
     """Pruned; still dense after a dry run."""
 
 
-def run(recipe: Recipe, *, overwrite: bool = False, dry_run: bool = False, announce: Announce | None = None) -> RunResult:
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    resume: bool = False,
+    announce: Announce | None = None,
+) -> RunResult:
     """Loads, evaluates, prunes, saves, verifies in a fresh process, evaluates again, and reports.
 
     The run directory holds the model's files, plan.json, recipe.yaml, report.json and report.md. It appears whole, once the
     saved model was verified; the pruned model's measurements are added to the reports afterwards. `dry_run` stops at the
-    plan. `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
+    plan. A method of many shots notes them beside the run directory until the model is saved; `resume` goes on from there.
+    `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
     on the exception says what there is.
     """
     directory = _directory(recipe, overwrite)
-    with _noting(f"Nothing was written to {directory}."):
-        return _run(recipe, directory, overwrite=overwrite, dry_run=dry_run, stages=Stages(announce))
+    progress = directory.with_name(f"{directory.name}.progress")
+    if resume and not progress.exists():
+        raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
+    with _resumable(progress), _noting(f"Nothing was written to {directory}."):
+        return _run(
+            recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)
+        )
 
 
-def _run(recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, stages: Stages) -> RunResult:
+def _run(
+    recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, progress: Path, resume: bool, stages: Stages
+) -> RunResult:
     asked = recipe.evaluation
     model, tokenizer = _load(recipe, stages)
     texts = {} if dry_run else read_evaluation_texts(asked, tokenizer)
@@ -67,15 +83,17 @@ def _run(recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, sta
         with stages("evaluate dense", "evaluate the dense model"):
             dense = measure(model, tokenizer, asked, texts=texts, name="dense")
     with stages("prune", _pruning(recipe)):
-        result = _prune(recipe, model, tokenizer, plan_only=dry_run)
+        result = _prune(recipe, model, tokenizer, plan_only=dry_run, progress=progress, resume=resume)
     stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
     report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense)
     report.prompts = list(asked.generations)
     if dry_run:
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()}
         _write_plan(directory, files, overwrite=overwrite)
+        shutil.rmtree(progress, ignore_errors=True)
         return RunResult(directory, result.plan, report, model)
     _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
+    shutil.rmtree(progress, ignore_errors=True)
     with _noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
@@ -111,7 +129,9 @@ def _pruning(recipe: Recipe) -> str:
     return f"{recipe.method} on {recipe.calibration.samples} x {recipe.calibration.length} tokens of {text}"
 
 
-def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool) -> Result:
+def _prune(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool, progress: Path, resume: bool
+) -> Result:
     calibration = recipe.calibration
     return prune(
         model,
@@ -128,6 +148,8 @@ def _prune(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only:
         settings=recipe.settings,
         vocabulary=Vocabulary(**recipe.vocabulary.model_dump()) if recipe.vocabulary else None,
         plan_only=plan_only,
+        progress=progress,
+        resume=resume,
     )
 
 
@@ -138,7 +160,8 @@ def _save(
     assert isinstance(result.model, PreTrainedModel)
     with _placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan)
+            pattern = {"pattern.json": result.pattern.to_json()} if result.pattern else {}
+            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=pattern)
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
         report.saved = _facts(saved, directory)
@@ -217,6 +240,19 @@ def _placed(directory: Path, overwrite: bool) -> Iterator[Path]:
     except CheckpointError as problem:
         said = str(problem).replace(str(partial), str(directory))
         raise CheckpointError(said) from problem
+
+
+@contextmanager
+def _resumable(progress: Path) -> Iterator[None]:
+    """Adds to whatever stops the block where it can go on."""
+    try:
+        yield
+    except BaseException as problem:
+        if progress.exists() and [file.name for file in progress.iterdir()] == ["asked.json"]:
+            shutil.rmtree(progress)
+        elif progress.exists():
+            problem.add_note(f"What is done is noted in {progress}: run the same again with --resume (resume=True) to go on.")
+        raise
 
 
 @contextmanager
