@@ -286,4 +286,5 @@ def test_a_pattern_is_saved_with_the_zeros(dense: Path, text: Path, tmp_path: Pa
     assert sum(matrix.zeros for matrix in pattern.layers.values()) == sum(
         int((stored[f"{name}.weight"] == 0).sum()) for name in pattern.layers
     )
+    assert result.report.saved is not None
     assert result.report.saved["layout"] == "uniform"

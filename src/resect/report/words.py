@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from resect.report.results import RunReport
@@ -27,7 +28,14 @@ def asked(report: RunReport) -> str:
         if not touches_more(report):
             return f"{recipe['model']}: {rows}, all else whole"
         target = f"{target}, {rows}"
-    return f"{recipe['model']}: {target} ({recipe['method']}, {settings['criterion']}, {recipe['layout']} layout)"
+    return f"{recipe['model']}: {target} ({recipe['method']}, {_decides(settings)}, {recipe['layout']} layout)"
+
+
+def _decides(settings: Mapping[str, Any]) -> str:
+    """What of a method's settings says most about it."""
+    if "criterion" in settings:
+        return str(settings["criterion"])
+    return f"{settings['mode']}, {settings['shots']} shot{'s' if settings['shots'] > 1 else ''}"
 
 
 def touches_more(report: RunReport) -> bool:
@@ -60,7 +68,7 @@ def provenance(report: RunReport) -> str:
     if not touches_more(report):
         text = f"No calibration text: only the vocabulary was cut; {seed}."
     elif report.calibration is None:
-        text = f"No calibration text: {report.recipe['settings']['criterion']} looks at weights only; {seed}."
+        text = f"No calibration text: {_decides(report.recipe['settings'])} looks at weights only; {seed}."
     else:
         text = f"Calibration: {calibration_text(report.calibration)}; {seed}."
     measured = any(model.perplexities for model in report.models)

@@ -1,6 +1,6 @@
 """What removing a unit is estimated to cost: one formula of one paper each."""
 
-from resect.saliency.ladder import Ladder, Reader, ladder
+from resect.saliency.ladders import Ladder, Reader, ladder
 from resect.saliency.obs import block_losses, column_losses, element_losses, pattern_losses, row_losses
 from resect.saliency.score import REDUCTIONS, score, unit_values
 

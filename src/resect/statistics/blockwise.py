@@ -9,7 +9,7 @@ tried on a few tokens first. Without gradients the blocks run from the first to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class BlockCall:
         return output if isinstance(output, Tensor) else output[0]
 
 
+class _Enough(BaseException):
+    """All blocks have run."""
+
+
 @dataclass
 class Chain:
     """A model seen as something before its blocks, the blocks, and something after."""
@@ -87,7 +91,7 @@ class Chain:
         chain = cls(model, graph.blocks.path, list(blocks), loss)
         try:
             found = chain._probe(probe)
-        except (TypeError, RuntimeError, IndexError, KeyError):
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
             return None
         expected = chain._reference(probe)
         if not expected.isfinite().all():
@@ -120,39 +124,42 @@ class Chain:
         outside = [name for name in wanted if not name.startswith(f"{self.path}.")]
         for name in outside:
             self.model.get_parameter(name).requires_grad_()
-        saved: list[list[BlockCall]] = []
-        flowing: list[Tensor] = []
-        for number, batch in enumerate(tqdm(batches, desc="forward", unit="batch", leave=False, delay=2)):
-            loss, calls, last = self._forward(batch)
-            yield float(loss.detach())
-            loss.backward()
-            self._each(outside, take, number)
-            assert last.grad is not None
-            for layer, call in enumerate(calls):
-                if spill and not call.hidden.requires_grad:
-                    call.store(spill / f"entering-{layer}-{number}.safetensors")
-            saved.append(calls)
-            flowing.append(last.grad)
-        for layer in tqdm(reversed(range(len(self.blocks))), total=len(self.blocks), desc="blocks", leave=False, delay=2):
-            own = [name for name in wanted if name.startswith(f"{self.path}.{layer}.")]
-            for name in own:
-                self.model.get_parameter(name).requires_grad_()
-            with around(layer):
-                for number, calls in enumerate(saved):
-                    begin(number)
-                    flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
-                    self._each(own, take, number)
-            for name in own:
-                self.model.get_parameter(name).requires_grad_(False)
-                done(name)
-        for number, gradient in enumerate(flowing):
-            if gradient.requires_grad:
-                gradient.backward()
+        with _waiting() as saved:
+            flowing: list[Tensor] = []
+            for number, batch in enumerate(tqdm(batches, desc="forward", unit="batch", leave=False, delay=2)):
+                loss, calls, last = self._forward(batch)
+                yield float(loss.detach())
+                loss.backward()
                 self._each(outside, take, number)
+                assert last.grad is not None
+                saved.append(calls)
+                for layer, call in enumerate(calls):
+                    if spill and not call.hidden.requires_grad:
+                        call.store(spill / f"entering-{layer}-{number}.safetensors")
+                flowing.append(last.grad)
+            for layer in tqdm(reversed(range(len(self.blocks))), total=len(self.blocks), desc="blocks", leave=False, delay=2):
+                own = [name for name in wanted if name.startswith(f"{self.path}.{layer}.")]
+                for name in own:
+                    self.model.get_parameter(name).requires_grad_()
+                with around(layer):
+                    for number, calls in enumerate(saved):
+                        begin(number)
+                        flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
+                        self._each(own, take, number)
+                for name in own:
+                    self.model.get_parameter(name).requires_grad_(False)
+                    done(name)
+            for number, gradient in enumerate(flowing):
+                if gradient.requires_grad:
+                    gradient.backward()
+                    self._each(outside, take, number)
 
     def calls_of(self, batch: Any) -> list[BlockCall]:
-        """What every block is called with when a batch runs."""
-        return self._forward(batch)[1]
+        """What every block is called with when a batch runs; what comes after the blocks does not."""
+        self.calls = []
+        with self._hooked(stop=True), suppress(_Enough):
+            self.loss(self.model, batch)
+        return self.calls
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Any], enter: Enter) -> None:
@@ -199,7 +206,7 @@ class Chain:
         return loss, self.calls, last[0]
 
     @contextmanager
-    def _hooked(self) -> Iterator[list[Tensor]]:
+    def _hooked(self, *, stop: bool = False) -> Iterator[list[Tensor]]:
         last: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,6 +220,8 @@ class Chain:
             return (hidden.detach(), *args[1:]), kwargs
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if stop:
+                raise _Enough
             hidden = output if isinstance(output, Tensor) else output[0]
             last.append(hidden.detach().requires_grad_())
             return last[0] if isinstance(output, Tensor) else (last[0], *output[1:])
@@ -254,6 +263,18 @@ class Chain:
             handle.remove()
         assert entering[0].grad is not None
         return entering[0].grad
+
+
+@contextmanager
+def _waiting() -> Iterator[list[list[BlockCall]]]:
+    """A list for the calls of every batch; whatever files they still have are gone afterwards."""
+    saved: list[list[BlockCall]] = []
+    try:
+        yield saved
+    finally:
+        for call in (call for calls in saved for call in calls):
+            if call.file:
+                call.file.unlink(missing_ok=True)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from resect.statistics.objective import NextToken, Objective, loss_of
 
 FISHERS = ("empirical", "sampled", "activations")
 """Labels of the text, labels that the network draws, or no gradients at all (`G` = 1)."""
+DEAD = 1e-30
+"""The diagonal of a factor of zeros: what goes there costs next to nothing, and can still be divided by."""
 RAISES = 4
 """How often damping is raised tenfold before a factor is given up."""
 
@@ -82,8 +84,10 @@ class Moments:
         A = self.inputs.double() / max(self.positions, 1)
         G = None if self.gradients is None else self.gradients.double() / max(self.predictions, 1)
         second = damping if damping_gradients is None else damping_gradients
+        precision = torch.finfo(self.inputs.dtype).eps
         return Curvature(
-            damped(A, damping, f"the inputs of {name}"), None if G is None else damped(G, second, f"the gradients of {name}")
+            damped(A, damping, f"the inputs of {name}", precision),
+            None if G is None else damped(G, second, f"the gradients of {name}", precision),
         )
 
 
@@ -114,27 +118,39 @@ class DampingRaised(UserWarning):
     """A factor could not be inverted with the damping that was asked for."""
 
 
-def damped(factor: Tensor, damping: float, name: str) -> Tensor:
+def damped(factor: Tensor, damping: float, name: str, precision: float = torch.finfo(torch.float64).eps) -> Tensor:
     """A symmetric factor with `damping` times the mean of its diagonal on the diagonal, so that it can be inverted.
 
-    Where that does not do, more is added, and a warning says so; a factor of zeros (a dead layer) becomes the identity.
+    Where that does not do, more is added, and a warning says so; a factor of zeros (a dead layer) becomes `DEAD` times the
+    identity.
+    `precision` is that of the sums: without damping, eigenvalues that it cannot tell from zero are taken for zero.
     Raises `NumericsError` for NaN, infinity and factors that no damping mends.
     """
     if not factor.isfinite().all():
         raise NumericsError(f"The second moments of {name} hold NaN or infinity. Use a wider dtype or other text.")
     scale = factor.diagonal().mean()
     if scale <= 0:
-        return torch.eye(len(factor), dtype=factor.dtype)
+        return DEAD * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     for raised in range(RAISES + 1):
         added = (damping or 1e-6 * bool(raised)) * 10**raised
         found: Tensor = factor + added * scale * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        if not torch.linalg.cholesky_ex(found).info.any():
+        if _regular(found) and (added or _full(found, precision)):
             if raised:
                 warnings.warn(DampingRaised(f"{name}: damping {damping:g} was too little, {added:g} is used."), stacklevel=2)
             return found
     raise NumericsError(
         f"The second moments of {name} cannot be inverted, even with damping {added:g}. Use more text, or more damping."
     )
+
+
+def _regular(factor: Tensor) -> bool:
+    return not torch.linalg.cholesky_ex(factor).info.any()
+
+
+def _full(factor: Tensor, precision: float) -> bool:
+    """Whether no eigenvalue is zero: of one that is, rounding makes a small number of either sign, which Cholesky may miss."""
+    values = torch.linalg.eigvalsh(factor)
+    return bool(values[0] > len(factor) * precision * values[-1])
 
 
 Sink = Callable[[str, Moments], None]
@@ -156,12 +172,14 @@ def collect_curvature(
     """Hands the moments of the layers at `paths` to `sink(path, moments)`; gives the mean loss in nats per prediction.
 
     Where blocks talk through their hidden states alone, one block's moments are held at a time (from the last to the first
-    with gradients); what enters the blocks waits in files under `spill`, if that is given. `fisher` says whose labels give
-    the gradients, `draws` how many the network draws for each prediction. The model is left bit-identical.
+    with gradients); what enters the blocks then waits in files under `spill`, if that is given. `fisher` says whose labels give
+    the gradients, `draws` how many the network draws for each prediction; without gradients the loss is NaN. The model is left bit-identical.
     Raises `UsageError`, and `NumericsError` for a loss that is not finite.
     """
     if fisher not in FISHERS:
         raise UsageError(f"There is no fisher {fisher!r}. {nearest(fisher, FISHERS)}")
+    if draws < 1:
+        raise UsageError(f"The network draws 1 label or more for each prediction, not {draws}.")
     if not batches:
         raise DataError("There is no calibration data. Give at least one batch.")
     layers = layers_of(model, paths)
@@ -178,7 +196,7 @@ def collect_curvature(
             loss = collection.blockwise(chain, graph, inside, spill)
         if outside := [layer for layer in layers if layer not in inside]:
             loss = collection.whole(outside)
-    return loss
+    return loss if collection.gradients else nan
 
 
 @dataclass
@@ -213,7 +231,7 @@ class Collection:
                 loss = self.loss(self.model, batch)
                 if self.gradients:
                     loss.backward()
-        return self.total / self.predictions
+        return self.total / max(self.predictions, 1)
 
     def blockwise(self, chain: Chain, graph: Graph, layers: Sequence[Layer], spill: Path | None) -> float:
         """One block at a time."""
@@ -241,7 +259,7 @@ class Collection:
                 pass
         else:
             chain.forward(self.batches, enter)
-        return self.total / self.predictions
+        return self.total / max(self.predictions, 1)
 
     @contextmanager
     def watching(self, layers: Sequence[Layer]) -> Iterator[Callable[[int], None]]:
@@ -258,6 +276,8 @@ class Collection:
         finally:
             for handle in handles:
                 handle.remove()
+        if self.gradients and not self.predictions:
+            raise DataError("There is nothing to predict in the calibration data. Give sequences of two tokens or more.")
         for path, found in moments.items():
             found.predictions = self.predictions if self.gradients else 0
             self.sink(path, found)

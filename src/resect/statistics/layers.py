@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from resect.errors import UsageError
 from resect.graph import Graph, Group
@@ -87,10 +88,11 @@ class Layer:
 
 
 def layer_of(model: nn.Module, path: str) -> Layer | None:
-    """The layer at a path, if it is one matrix for every position."""
+    """The layer at a path, if it is one matrix for every position and runs by itself (the last of torch's attention does not)."""
     module = model.get_submodule(path)
-    whole = isinstance(module, CONVOLUTIONS) and module.groups == 1
-    return Layer(path, module) if whole or isinstance(module, nn.Linear) or _transposed(module) else None
+    convolution = isinstance(module, CONVOLUTIONS) and module.groups == 1
+    linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return Layer(path, module) if convolution or linear or _transposed(module) else None
 
 
 def layers_of(model: nn.Module, paths: Iterable[str]) -> list[Layer]:

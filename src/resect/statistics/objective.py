@@ -67,8 +67,10 @@ def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = 
     """Cross-entropy in nats summed over predictions; with a generator, of labels that the network itself draws."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if generator is not None:
-        drawn = torch.multinomial(wide.detach().softmax(-1).cpu(), 1, generator=generator)
-        labels = drawn.flatten().to(logits.device)
+        chances = wide.detach().softmax(-1).cpu()
+        if chances.isnan().any():
+            return wide.new_tensor(torch.nan)  # as the loss of any label would be
+        labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
     return nn.functional.cross_entropy(wide, labels, reduction="sum")
 
 
