@@ -54,7 +54,7 @@ def paths_of(family: str) -> list[str]:
 
 def collected(
     model: nn.Module, batches: Sequence[Any], graph: Graph, paths: Sequence[str], **how: Any
-) -> tuple[float, dict[str, Moments]]:
+) -> tuple[Any, dict[str, Moments]]:
     found: dict[str, Moments] = {}
 
     def sink(path: str, moments: Moments) -> None:
@@ -273,7 +273,8 @@ def test_halves_make_a_whole(first: int, fisher: str) -> None:
         same_moments(two[path] + one[path], whole[path], 1e-12)
         assert torch.equal(one[path].inputs, before), "adding changed a part"
     tokens = [sum(batch[:, 1:].numel() for batch in part) for part in (batches[:first], batches[first:])]
-    assert loss == pytest.approx((one_loss * tokens[0] + two_loss * tokens[1]) / sum(tokens), rel=1e-12, nan_ok=fisher == "activations")
+    if fisher != "activations":
+        assert loss == pytest.approx((one_loss * tokens[0] + two_loss * tokens[1]) / sum(tokens), rel=1e-12)
 
 
 def test_the_order_of_batches_and_their_sizes_do_not_matter() -> None:
@@ -322,7 +323,7 @@ def test_block_by_block_is_the_same_as_the_whole_network(family: str, fisher: st
     ran.clear()
     expected_loss, expected = collected(model, batches, graph, paths, fisher=fisher, draws=2, seed=3)
     assert not ran
-    assert loss == pytest.approx(expected_loss, rel=1e-12, nan_ok=fisher == "activations")
+    assert loss == (expected_loss and pytest.approx(expected_loss, rel=1e-12))
     for path in paths:
         same_moments(found[path], expected[path])
 
@@ -443,7 +444,7 @@ def test_activations_alone_need_no_gradients(whole: bool, monkeypatch: pytest.Mo
         in_one_pass(monkeypatch)
     monkeypatch.setattr("resect.statistics.curvature._take_gradient", _refuse)
     loss, found = collected(model, batches, graph, paths_of("gpt2"), fisher="activations")
-    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert loss is None
     for path, moments in found.items():
         same(moments.inputs, expected[path].inputs)
         assert moments.gradients is None
@@ -541,7 +542,7 @@ def test_padding_counts_for_nothing(family: str, side: str, fisher: str, whole: 
     for filler in (0, 77):
         batch = padded(sequences, side, filler)
         found_loss, found = collected(model, [batch], graph, paths, fisher=fisher)
-        assert found_loss == pytest.approx(loss, rel=1e-9 if side == "right" else 1e-5)
+        assert found_loss == (loss and pytest.approx(loss, rel=1e-9 if side == "right" else 1e-5))
         for path in paths:
             # Rotations are computed in float32 by transformers; a left-padded sequence has others.
             same_moments(found[path], expected[path], 1e-9 if side == "right" else 1e-4)
@@ -696,6 +697,9 @@ def test_nothing_to_predict_is_refused(batches: list[Tensor], fisher: str, whole
     model, graph = exact("llama")
     if whole:
         in_one_pass(monkeypatch)
+    if batches and fisher == "activations":  # what enters is all that counts
+        assert collected(model, batches, graph, [DOWN], fisher=fisher)[1][DOWN].positions == 3
+        return
     with pytest.raises(DataError):
         collected(model, batches, graph, [DOWN], fisher=fisher)
 

@@ -204,7 +204,7 @@ def _order(
         steps += _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
     steps.sort(key=lambda step: (step.key, step.loss))
     whole = [step for step in steps if ladders[step.ladder][0].kind == "blocks"]
-    if len(whole) == graph.blocks.count:
+    if whole and len(whole) == graph.blocks.count:
         steps.remove(whole[-1])
     return steps
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +168,13 @@ def collect_curvature(
     seed: int = 0,
     objective: Objective | None = None,
     spill: Path | None = None,
-) -> float:
+) -> float | None:
     """Hands the moments of the layers at `paths` to `sink(path, moments)`; gives the mean loss in nats per prediction.
 
     Where blocks talk through their hidden states alone, one block's moments are held at a time (from the last to the first
     with gradients); what enters the blocks then waits in files under `spill`, if that is given. `fisher` says whose labels give
-    the gradients, `draws` how many the network draws for each prediction; without gradients the loss is NaN. The model is left bit-identical.
+    the gradients, `draws` how many the network draws for each prediction; without gradients there is no loss. The model is
+    left bit-identical.
     Raises `UsageError`, and `NumericsError` for a loss that is not finite.
     """
     if fisher not in FISHERS:
@@ -196,7 +197,7 @@ def collect_curvature(
             loss = collection.blockwise(chain, graph, inside, spill)
         if outside := [layer for layer in layers if layer not in inside]:
             loss = collection.whole(outside)
-    return loss if collection.gradients else nan
+    return loss if collection.gradients else None
 
 
 @dataclass
