@@ -44,6 +44,7 @@ docs-check: venv ## run the Python examples of README.md and docs/
 bench: venv ## every benchmark, into benchmarks/results/ (hours): WIKITEXT=FILE C4=FILE CALIBRATION=FILE
 	@time $(BIN)/python benchmarks/cost.py
 	@time $(BIN)/python benchmarks/depth.py
+	@time $(BIN)/python benchmarks/gathered.py
 	@for script in quality headline; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
 		--wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)"; done
 

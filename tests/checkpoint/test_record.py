@@ -13,12 +13,14 @@ FIRST = {
     "shapes": {"layers.0.w": [4, 8], "layers.3.w": [3, 8]},
     "attributes": {"layers.3": {"heads": 3, "width": 8}},
     "silent": {"layers.0.mlp": {"width": 8, "returns": 0}},
+    "gathered": {"layers.3.q": {"rows": 3, "columns": None}},
     "removed": ["layers.1", "layers.2"],
 }
 SECOND = {
     "shapes": {"layers.1.w": [2, 8], "embed": [7, 5]},
     "attributes": {"layers.1": {"heads": 2}, "layers": {"n": 1}},
     "silent": {"layers.1.mlp": {"width": 8, "returns": 2}},
+    "gathered": {"layers.1.o": {"rows": None, "columns": 2}, "head": {"rows": 5, "columns": 0}},
     "removed": ["layers.2"],
 }
 
@@ -28,6 +30,11 @@ def test_second_is_read_in_the_numbers_the_first_left() -> None:
         "shapes": {"layers.0.w": [4, 8], "layers.3.w": [2, 8], "embed": [7, 5]},
         "attributes": {"layers.3": {"heads": 2, "width": 8}, "layers": {"n": 1}},
         "silent": {"layers.0.mlp": {"width": 8, "returns": 0}, "layers.3.mlp": {"width": 8, "returns": 2}},
+        "gathered": {
+            "layers.3.q": {"rows": 3, "columns": None},
+            "layers.3.o": {"rows": None, "columns": 2},
+            "head": {"rows": 5, "columns": 0},
+        },
         "removed": ["layers.1", "layers.2", "layers.4"],
     }
 
@@ -35,6 +42,11 @@ def test_second_is_read_in_the_numbers_the_first_left() -> None:
 def test_nothing_is_neutral() -> None:
     assert compose(FIRST, EMPTY) == FIRST
     assert compose(EMPTY, SECOND) == SECOND
+
+
+def test_records_of_earlier_versions_gather_nothing() -> None:
+    first = {key: value for key, value in FIRST.items() if key not in ("silent", "gathered")}
+    assert compose(first, EMPTY) == {**first, "silent": {}, "gathered": {}}
 
 
 def test_records_are_read_from_any_kind_of_value() -> None:

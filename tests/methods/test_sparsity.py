@@ -13,7 +13,7 @@ import resect
 from resect.checkpoint import Progress
 from resect.errors import UsageError
 from resect.methods.sparsity import matrices
-from tests.models import FAMILIES, copy_of, random_tokens
+from tests.models import FAMILIES, assert_same_function, copy_of, random_tokens
 
 TOKENS = random_tokens(24, 16, seed=3)
 MODES = ["rows-columns", "unstructured", "2:4"]
@@ -22,7 +22,8 @@ MODES = ["rows-columns", "unstructured", "2:4"]
 def surgeon(model: nn.Module, mode: str, *, keep: float = 0.6, **settings: Any) -> resect.Result:
     """A small run on fixed tokens."""
     given: dict[str, Any] = {key: settings.pop(key) for key in ("progress", "resume", "plan_only", "of") if key in settings}
-    return resect.prune(model, method="llm-surgeon", keep=keep, data=TOKENS, settings={"mode": mode, **settings}, **given)
+    settings = {"mode": mode, **settings}
+    return resect.prune(model, method="llm-surgeon", keep=keep, data=TOKENS, settings=settings, **given)
 
 
 def zeros(model: nn.Module, graph: resect.Graph) -> int:
@@ -39,7 +40,7 @@ def error_of(model: nn.Module, dense: nn.Module) -> float:
 def test_the_share_asked_for_stays(mode: str, family: str, shots: int) -> None:
     model = FAMILIES[family]()
     graph = resect.trace(model)
-    result = surgeon(model, mode, shots=shots)
+    result = surgeon(model, mode, shots=shots, gather=False)
     assert result.pattern is not None
     found = zeros(model, graph)
     assert found == result.report["zeros"] == sum(matrix.zeros for matrix in result.pattern.layers.values())
@@ -58,9 +59,25 @@ def test_no_row_keeps_more_than_two_of_four() -> None:
         assert ((layer.weight == 0).reshape(layer.rows, -1, 4).sum(2) == 2).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_and_columns_are_really_taken_out(family: str, tmp_path: Path) -> None:
+    """The zeros of the same run without gathering are gone: smaller, the same function, saved and loaded."""
+    model = FAMILIES[family]()
+    masked = copy_of(model)
+    result = surgeon(model, "rows-columns", shots=2)
+    surgeon(masked, "rows-columns", shots=2, gather=False)
+    assert_same_function(model, masked, TOKENS[:2])
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert result.report["parameters"]["pruned"] == found
+    assert result.report["parameters"]["dense"] - found >= result.report["zeros"] > 0
+    assert result.report["cut_equals_mask"]["difference"] <= 1e-4
+    resect.save(model, tmp_path / "saved")
+    assert_same_function(resect.load(tmp_path / "saved"), model, TOKENS[:2])
+
+
 def test_rows_and_columns_are_those_of_the_pattern() -> None:
     model = FAMILIES["llama_biases"]()
-    pattern = surgeon(model, "rows-columns", shots=2).pattern
+    pattern = surgeon(model, "rows-columns", shots=2, gather=False).pattern
     assert pattern is not None
     assert resect.plan.Pattern.from_json(pattern.to_json()) == pattern
     for path, matrix in pattern.layers.items():
@@ -99,7 +116,7 @@ def test_corrections_lower_the_loss_and_keep_zeros(mode: str) -> None:
     results = {}
     for name, correction in {"without": None, "with": {"share": 1.0, "learning_rate": 1e-2, "rank": 4}}.items():
         model = copy_of(dense)
-        result = surgeon(model, mode, shots=2, keep=0.7, correction=correction)
+        result = surgeon(model, mode, shots=2, keep=0.7, correction=correction, gather=False)
         assert zeros(model, resect.trace(dense)) == result.report["zeros"]
         assert not any("parametrizations" in key for key in model.state_dict())
         results[name] = loss_of(model)

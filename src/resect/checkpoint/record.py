@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 from torch import nn
 
+from resect.surgery.cut import name_before
+
 Record = dict[str, Any]
 
-EMPTY: Record = {"shapes": {}, "attributes": {}, "silent": {}, "removed": []}
+EMPTY: Record = {"shapes": {}, "attributes": {}, "silent": {}, "gathered": {}, "removed": []}
 
 
 def record_of(model: nn.Module) -> Record:
@@ -25,25 +26,16 @@ def record_of(model: nn.Module) -> Record:
 
 def compose(first: Record, second: Record) -> Record:
     """One record that does what `first` and then `second` do; `second` is numbered in the model that `first` left."""
+    gone = first["removed"]
     attributes = {name: dict(values) for name, values in first["attributes"].items()}
     for name, values in second["attributes"].items():
-        attributes.setdefault(_before(name, first), {}).update(values)
-    shapes = {_before(name, first): list(shape) for name, shape in second["shapes"].items()}
-    removed = [*first["removed"], *(_before(name, first) for name in second["removed"])]
-    silent = {**first.get("silent", {}), **{_before(name, first): dict(values) for name, values in second["silent"].items()}}
-    return {"shapes": {**first["shapes"], **shapes}, "attributes": attributes, "silent": silent, "removed": removed}
-
-
-def _before(name: str, record: Record) -> str:
-    """`name` as it was before the record's blocks were removed: later blocks had higher numbers."""
-    for parent in {block.rpartition(".")[0] for block in record["removed"]}:
-        head, _, rest = name.removeprefix(parent + ".").partition(".")
-        if name.startswith(parent + ".") and head.isdigit():
-            gone = {block for block in record["removed"] if block.rpartition(".")[0] == parent}
-            left = (number for number in itertools.count() if f"{parent}.{number}" not in gone)
-            number = next(itertools.islice(left, int(head), None))
-            return ".".join([parent, str(number), *filter(None, [rest])])
-    return name
+        attributes.setdefault(name_before(name, gone), {}).update(values)
+    shapes = {name_before(name, gone): list(shape) for name, shape in second["shapes"].items()}
+    joined: Record = {"shapes": {**first["shapes"], **shapes}, "attributes": attributes}
+    for key in ("silent", "gathered"):
+        later = {name_before(name, gone): dict(values) for name, values in second.get(key, {}).items()}
+        joined[key] = {**first.get(key, {}), **later}
+    return {**joined, "removed": [*gone, *(name_before(name, gone) for name in second["removed"])]}
 
 
 def _plain(record: Any) -> Record:

@@ -114,7 +114,9 @@ def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[Pre
             return str(error)
         return ""
 
-    stock, reason = find_stock(shapes_of(model), config, stock_class, accept=accept)
+    stock, reason = None, "single layers keep only some of their rows and columns"
+    if not record["gathered"]:
+        stock, reason = find_stock(shapes_of(model), config, stock_class, accept=accept)
     if stock is not None:
         written, difference = filled[0]
         layout, relabelled, changes = "uniform", stock.relabelled_from, stock.changes

@@ -44,6 +44,7 @@ class LLMSurgeon(Method):
     damping: float = Field(default=0.01, ge=0)
     damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
+    gather: bool = True
     max_correlate: int = Field(default=500, ge=1)
     correction: Correction | None = None
     selection: Literal["global", "local"] = "global"
@@ -65,6 +66,11 @@ class LLMSurgeon(Method):
         """Damping of `A` and `G`. Paper: ten times as much on `G` where elements go."""
         usual = 0.01 if self.mode in ("coupled", "rows-columns") else 0.1
         return self.damping, usual if self.damping_gradients is None else self.damping_gradients
+
+    @property
+    def physical(self) -> bool:
+        """Rows and columns are, unless they are to stay as zeros."""
+        return self.mode == "rows-columns" and self.gather
 
     @property
     def long(self) -> bool:
@@ -136,10 +142,10 @@ class LLMSurgeon(Method):
         )
         remove = round((1 - keep) * graph.parameter_count(blocks_only=of == "blocks"))
 
-        def gather(layers: Sequence[Layer], shot: int) -> None:
+        def moments(layers: Sequence[Layer], shot: int) -> None:
             self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
 
-        return impose(model, graph, data, asked, remove=remove, collect=gather, progress=progress)
+        return impose(model, graph, data, asked, remove=remove, collect=moments, progress=progress)
 
     def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:
         """Updates the weights that stay for what the last shot removed."""

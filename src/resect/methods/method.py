@@ -41,6 +41,11 @@ class Method(BaseModel, ABC):
         return True
 
     @property
+    def physical(self) -> bool:
+        """Whether rows and columns that `sparsify` made zero are taken out."""
+        return False
+
+    @property
     def long(self) -> bool:
         """Whether it notes its progress."""
         return False

@@ -25,10 +25,11 @@ from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.method import Method
+from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Pattern, Plan
 from resect.statistics import BATCH_TOKENS, Data
-from resect.surgery import cut_and_check
+from resect.surgery import cut_and_check, gather_and_check
 
 METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
@@ -133,9 +134,11 @@ def prune(
             tokenizer = cut_tokenizer(tokenizer, trimmed.groups[VOCABULARY].keep)
     if not plan_only:
         with _timed(seconds, "cut"):
-            report["cut_equals_mask"] = cut_and_check(model, plan, graph, seed=seed)
+            lines = lines_kept(model, pattern) if pattern and chosen.physical else {}
+            checked = gather_and_check(model, lines, graph, seed=seed) if lines else cut_and_check(model, plan, graph, seed=seed)
+            report["cut_equals_mask"] = checked
     if pattern is not None:
-        report["zeros"] = sum(matrix.zeros for matrix in pattern.layers.values())
+        report |= _pattern_report(model, graph, pattern)
     return Result(model, plan, report, scores, graph, tokenizer, pattern)
 
 
@@ -229,6 +232,19 @@ def _report(graph: Graph, plan: Plan) -> dict[str, Any]:
             for name, kept in plan.groups.items()
         ],
         "frozen": sorted({f"{item.reason}" for item in graph.frozen}),
+    }
+
+
+def _pattern_report(model: nn.Module, graph: Graph, pattern: Pattern) -> dict[str, Any]:
+    """Sizes where parts of single matrices went: parameters that were made zero, and what is left."""
+    zeros = sum(matrix.zeros for matrix in pattern.layers.values())
+    left = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    blocks = sum(count for name, count in left.items() if graph.blocks.layer_of(name) is not None)
+    return {
+        "zeros": zeros,
+        "pattern": pattern.kind,
+        "parameters": {"dense": graph.parameter_count(), "pruned": sum(left.values())},
+        "block_parameters": {"dense": graph.parameter_count(blocks_only=True), "pruned": blocks},
     }
 
 

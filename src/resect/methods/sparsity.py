@@ -112,6 +112,19 @@ def impose(
     return Pattern(kind=asked.kind, layers={layer.path: _matrix(stays[layer.path], asked) for layer in layers})
 
 
+def lines_kept(model: nn.Module, pattern: Pattern) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """The rows and columns that stay of every layer that loses some; of a convolution, whole input channels."""
+    found = {}
+    for path, matrix in pattern.layers.items():
+        layer = layer_of(model, path)
+        assert layer is not None
+        rows = None if matrix.rows is None else torch.tensor(matrix.rows, dtype=torch.long)
+        columns = None if matrix.columns is None else layer.inputs_of(torch.tensor(matrix.columns, dtype=torch.long))
+        if rows is not None or columns is not None:
+            found[path] = (rows, columns)
+    return found
+
+
 def _lines(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:

@@ -68,8 +68,16 @@ class Layer:
 
     def columns_of(self, positions: Tensor) -> Tensor:
         """The columns [units, width] that belong to positions [units, width] of the input."""
-        kernel = self.weight.shape[2:].numel() if isinstance(self.module, CONVOLUTIONS) else 1
-        return (positions[..., None] * kernel + torch.arange(kernel)).flatten(1)
+        return (positions[..., None] * self._kernel + torch.arange(self._kernel)).flatten(1)
+
+    @property
+    def _kernel(self) -> int:
+        return self.weight.shape[2:].numel() if isinstance(self.module, CONVOLUTIONS) else 1
+
+    def inputs_of(self, columns: Tensor) -> Tensor:
+        """The positions of the input, or input channels, that some columns belong to: [positions], ascending."""
+        found: Tensor = (columns // self._kernel).unique()
+        return found
 
     def inputs(self, given: Tensor) -> Tensor:
         """What each position takes in, from the input of the module: [positions, columns], at least float32."""

@@ -1,6 +1,6 @@
 """Removing units: the only room, with recovery, that writes to a model."""
 
-from resect.surgery.check import cut_and_check
+from resect.surgery.check import cut_and_check, gather_and_check
 from resect.surgery.compensate import (
     Loss,
     reading,
@@ -10,6 +10,7 @@ from resect.surgery.compensate import (
     without_rows_and_columns,
 )
 from resect.surgery.cut import Record, cut, plan_record
+from resect.surgery.gather import dense_tensors, gather
 from resect.surgery.mask import mask, masked
 from resect.surgery.vocabulary import kept_tokens
 
@@ -18,6 +19,9 @@ __all__ = [
     "Record",
     "cut",
     "cut_and_check",
+    "dense_tensors",
+    "gather",
+    "gather_and_check",
     "kept_tokens",
     "mask",
     "masked",

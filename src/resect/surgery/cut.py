@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import count, islice
 from math import inf
 from typing import Any
 
@@ -14,7 +15,7 @@ from resect.errors import ModelError, UsageError
 from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
-from resect.surgery.modeling_resect import Silent, remove, resize, set_attributes, set_tensor
+from resect.surgery.modeling_resect import Gathered, Silent, remove, resize, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 from resect.surgery.vocabulary import kept_tokens, renumber_tokens
 
@@ -22,13 +23,26 @@ from resect.surgery.vocabulary import kept_tokens, renumber_tokens
 class Record(BaseModel):
     """What surgery did, so that it can be replayed on an empty dense model.
 
-    Shapes of parameters, attributes of modules, stand-ins for removed sub-layers and what is idle without them, removed blocks.
+    Shapes of parameters, attributes of modules, stand-ins for removed sub-layers and what is idle without them, how many rows
+    and columns of its own a gathered layer keeps (None: all), removed blocks.
     """
 
     shapes: dict[str, list[int]] = {}
     attributes: dict[str, dict[str, Any]] = {}
     silent: dict[str, dict[str, int]] = {}
+    gathered: dict[str, dict[str, int | None]] = {}
     removed: list[str] = []
+
+
+def name_before(name: str, removed: Collection[str]) -> str:
+    """A module or parameter as it was called before some blocks were removed: later ones had higher numbers."""
+    for parent in {block.rpartition(".")[0] for block in removed}:
+        head, _, rest = name.removeprefix(parent + ".").partition(".")
+        if name.startswith(parent + ".") and head.isdigit():
+            left = (number for number in count() if f"{parent}.{number}" not in removed)
+            number = next(islice(left, int(head), None))
+            return ".".join([parent, str(number), *filter(None, [rest])])
+    return name
 
 
 def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
@@ -66,7 +80,24 @@ def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     return _record(model, plan, retrace(model, graph))
 
 
+def _check_gathered(model: nn.Module, plan: Plan, graph: Graph) -> None:
+    """Refuses groups with slices in layers that keep only some of their own rows and columns: those no longer line up."""
+    found: dict[str, str] = {}
+    for group, _ in changed(graph, plan):
+        for path in {member.parameter.rpartition(".")[0] for member in group.members}:
+            if type(model.get_submodule(path)).__name__ == Gathered.__name__:  # shipped code has a class of its own
+                found[group.name] = path
+    if found:
+        name, path = next(iter(found.items()))
+        raise ModelError(
+            f"Asked to cut {name}, which has slices in {path}, a layer that is gathered. "
+            "Cut the dense model first and gather then, or leave those groups whole.",
+            found,
+        )
+
+
 def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
+    _check_gathered(model, plan, graph)
     blocks = removed_blocks(graph, plan)
     silences = [silence for sublayer in removed_sublayers(graph, plan) for silence in sublayer.silences]
     gone = tuple(f"{path}." for path in (*blocks, *(silence.path for silence in silences)))

@@ -2,9 +2,9 @@
 
 This file needs torch and transformers only and is shipped, unchanged, beside every checkpoint that no stock
 configuration can express. `config.json` there holds the dense configuration (with as many layers as are left) and,
-under `resect`, the record: which parameters are smaller, which attributes of which modules follow, and which blocks
-are gone. A model is built by the dense architecture's own code, cut to the record's sizes while it is still empty,
-and then filled with the weights.
+under `resect`, the record: which parameters are smaller, which attributes of which modules follow, which layers keep
+only some of their own rows and columns, and which blocks are gone. A model is built by the dense architecture's own
+code, cut to the record's sizes while it is still empty, and then filled with the weights.
 
 `Resect<Name>` stands for the transformers class `<Name>` cut this way, for every configuration and model class:
 `ResectLlamaConfig`, `ResectLlamaModel`, `ResectLlamaForCausalLM`, ...
@@ -19,11 +19,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 Record = Mapping[str, Any]
 """What was cut, in dense numbering: `{"shapes": {parameter: sizes}, "attributes": {module: {name: value}},
-"silent": {module: {"width": size, "returns": items}}, "removed": [block]}`."""
+"silent": {module: {"width": size, "returns": items}}, "gathered": {module: {"rows": count, "columns": count}},
+"removed": [block]}`; a count that is None means all. Which rows and columns a gathered layer keeps lies beside its weight."""
 
 PREFIX = "Resect"
 # Attributes in which torch and transformers layers repeat the size of an axis of their weight.
@@ -31,6 +34,9 @@ SIZES = {
     **{"out_features": 0, "in_features": 1, "num_embeddings": 0, "embedding_dim": 1, "nx": 0, "nf": 1},
     **{"out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0},
 }
+# What a module does not hand on to the one that stands in for it.
+OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Attributes by which the modules of a block know its number, and thereby its slot in the KV cache.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
@@ -45,6 +51,8 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
     set_attributes(model, record["attributes"])
+    for name, counts in record["gathered"].items():
+        put(model, name, _gathered(_submodule(model, name, name), name, **counts))
     remove(model, record["silent"], record["removed"])
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
@@ -147,17 +155,19 @@ def _model_class(name: str, stock: type[PreTrainedModel]) -> type:
 
 def _localized(model: nn.Module, record: Record) -> Record:
     """The record in the names of `model`: those of a model with a head, or, below the prefix, of the bare one."""
-    shapes, attributes, silent, removed = (record.get(key) or {} for key in ("shapes", "attributes", "silent", "removed"))
+    keys = ("shapes", "attributes", "silent", "gathered", "removed")
+    shapes, attributes, silent, gathered, removed = (record.get(key) or {} for key in keys)
     prefix = getattr(model, "base_model_prefix", "")
     start = prefix + "."
-    names = (*shapes, *attributes, *silent, *removed)
+    names = (*shapes, *attributes, *silent, *gathered, *removed)
     if prefix and not hasattr(model, prefix) and any(name.startswith(start) for name in names):
         shapes = {name.removeprefix(start): size for name, size in shapes.items() if name.startswith(start)}
         named = {f"{name}." if name else "": values for name, values in attributes.items()}
         attributes = {name[len(start) : -1]: values for name, values in named.items() if name.startswith(start)}
         silent = {name.removeprefix(start): values for name, values in silent.items() if name.startswith(start)}
+        gathered = {name.removeprefix(start): counts for name, counts in gathered.items() if name.startswith(start)}
         removed = [name.removeprefix(start) for name in removed if name.startswith(start)]
-    return {"shapes": shapes, "attributes": attributes, "silent": silent, "removed": removed}
+    return dict(zip(keys, (shapes, attributes, silent, gathered, removed), strict=True))
 
 
 def _with_tied(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
@@ -262,6 +272,117 @@ class Silent(nn.Module):
                 cache.update(place, place, slot)
 
 
+class Gathered(nn.Module):
+    """Stands where a linear layer or an ungrouped convolution was of which only some rows and columns are left.
+
+    Puts out `W x[columns] + b` at its rows and zeros at all others, as wide as the dense layer; the rows of a convolution
+    are its output channels, the columns its input channels. `rows` and `columns` [kept] number them in the dense layer,
+    None where all stay. What the dense layer noted of its outer sizes stays, as do its hooks.
+    """
+
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    padding_mode: str
+
+    def __init__(self, module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(module).items() if name not in OWN})
+        self.outer_rows, self.outer_columns, self.spatial = outer_sizes(module)
+        self.input_axis = 0 if isinstance(module, Conv1D) else 1
+        self.register_parameter("weight", _slices(module.weight, {1 - self.input_axis: rows, self.input_axis: columns}))  # type: ignore[arg-type]
+        self.register_parameter("bias", _slices(module.bias, {0: rows}))  # type: ignore[arg-type]
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What the dense layer would put out if all other rows and columns were zero, the bias of those rows too."""
+        axis = -1 - self.spatial
+        if self.columns is not None:
+            input = input.index_select(axis, self.columns)
+        found = self._convolved(input) if self.spatial else self._product(input)
+        if self.rows is None:
+            return found
+        shape = list(found.shape)
+        shape[axis] = self.outer_rows
+        return found.new_zeros(shape).index_add_(axis, self.rows, found)
+
+    def _product(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight if self.input_axis else self.weight.T, self.bias)
+
+    def _convolved(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias, axis, padding = self.weight, self.bias, -1 - self.spatial, self.padding
+        if not weight.numel():  # torch wants a channel in and one out: these hold zeros, and what comes out is dropped
+            input, weight = _one_more(input, axis), _one_more(_one_more(weight, 0), 1)
+            bias = None if bias is None else _one_more(bias, 0)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore[arg-type]
+            padding = 0
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
+        found = convolve(input, weight, bias, self.stride, padding, self.dilation)
+        return found.narrow(axis, 0, len(self.weight))
+
+    def extra_repr(self) -> str:
+        """Rows and columns that are left, of how many."""
+        rows, columns = self.weight.shape[1 - self.input_axis], self.weight.shape[self.input_axis]
+        left = f"rows={rows} of {self.outer_rows}, columns={columns} of {self.outer_columns}"
+        return f"{left}, bias={self.bias is not None}"
+
+
+def outer_sizes(module: nn.Module) -> tuple[int, int, int]:
+    """Rows and columns of a layer that `Gathered` can stand in for, and over how many axes it convolves.
+
+    Raises `ValueError` for any other module.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return *weight.shape, 0
+    if isinstance(module, Conv1D):
+        return *reversed(weight.shape), 0
+    if isinstance(module, CONVOLUTIONS) and module.groups == 1:
+        return *weight.shape[:2], weight.dim() - 2
+    what = type(module).__name__ + (f" of {module.groups} groups" if isinstance(module, CONVOLUTIONS) else "")
+    raise ValueError(f"{what} is neither a linear layer nor an ungrouped convolution")
+
+
+def _gathered(module: nn.Module, name: str, rows: int | None, columns: int | None) -> Gathered:
+    """An empty layer of the right sizes; which rows and columns these are comes with the weights."""
+    try:
+        outer = outer_sizes(module)
+    except ValueError as error:
+        raise ValueError(f"The surgery record gathers {name!r}, but {error}. The record belongs to another model.") from None
+    for what, count, size in (("rows", rows, outer[0]), ("columns", columns, outer[1])):
+        if count is not None and not 0 <= count <= size:
+            raise ValueError(
+                f"The surgery record asks for {count} {what} of {name}; the dense model has {size}. "
+                "The record belongs to another model."
+            )
+    device = module.weight.device
+    return Gathered(module, *(None if count is None else torch.arange(count, device=device) for count in (rows, columns)))  # type: ignore[arg-type]
+
+
+def _slices(parameter: nn.Parameter | None, positions: Mapping[int, torch.Tensor | None]) -> nn.Parameter | None:
+    """A parameter, if there is one, at some positions of its axes; None stands for all of them."""
+    kept = {axis: index for axis, index in positions.items() if index is not None}
+    if parameter is None or not kept:
+        return parameter
+    tensor = parameter.detach()
+    for axis, index in kept.items():
+        tensor = tensor.index_select(axis, index)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+
+def _one_more(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    """The tensor with zeros at one more position of an axis."""
+    shape = list(tensor.shape)
+    shape[axis] = 1
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+
 def first_tensor(value: Any) -> torch.Tensor:
     """The first tensor among the arguments of a call, in the order that they were given."""
     return next(_tensors(value))
@@ -279,10 +400,15 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def remove(model: nn.Module, silent: Mapping[str, Mapping[str, int]], removed: Sequence[str]) -> None:
     """Puts stand-ins where sub-layers were, and takes blocks out."""
     for name, values in silent.items():
-        parent, _, leaf = name.rpartition(".")
         module = _submodule(model, name, name)
-        setattr(_submodule(model, parent, name), leaf, Silent(module, **values).train(module.training))
+        put(model, name, Silent(module, **values).train(module.training))
     _remove(model, removed)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(_submodule(model, parent, name), leaf, module)
 
 
 def _remove(model: nn.Module, removed: Sequence[str]) -> None:
