@@ -33,7 +33,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
     parser.add_argument("--c4", required=True, help="C4 text that is not in the calibration set")
-    parser.add_argument("--calibration", default="demo")
+    parser.add_argument("--calibration", nargs="+", default=["demo"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=42)

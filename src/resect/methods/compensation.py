@@ -25,7 +25,7 @@ class Compensation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    inputs: Literal["dense", "pruned"] = "pruned"
+    inputs: Literal["dense", "pruned"] = "dense"
     """What layers are thought to take in: what they do before the cut, or what is left after everything before them was cut."""
     damping: float = Field(default=0.01, ge=0)
 

@@ -8,7 +8,7 @@ layer, where each unit is priced after those that went before it, because single
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -99,26 +99,35 @@ class LLMSurgeon(Method):
 
         What earlier shots than the last one removed is made up for in the weights; `make_up` does it for the last.
         """
+        asked = {"keep": keep, "of": of, "layout": layout, "align": align}
+        *_, (_, plan, scores) = self.shots_of(model, graph, data, asked, seed=seed, progress=progress)
+        return plan, scores
+
+    def shots_of(
+        self, model: nn.Module, graph: Graph, data: Data, asked: Mapping[str, Any], *, seed: int = 42, progress: Progress
+    ) -> Iterator[tuple[int, Plan, dict[str, Tensor]]]:
+        """The number, plan and scores of every shot in turn; `make_up` for it comes after, at the latest with the next.
+
+        `asked` are the options of `resect.plan.select`.
+        """
         groups = _read(model, graph, self.kinds)
-        asked: dict[str, Any] = {
-            "of": of,
-            "layout": layout,
+        options: dict[str, Any] = {
+            **{name: value for name, value in asked.items() if name != "keep"},
             "selection": self.selection,
-            "align": align,
             "kinds": list(dict.fromkeys(group.kind for group in groups)),
             "groups": [group.name for group in groups],
             "floor": self.floor,
             "spread": self.spread,
         }
-        select(graph, {group.name: torch.zeros(group.units) for group in groups}, keep=keep, **asked)  # refused before long work
+        equal = {group.name: torch.zeros(group.units) for group in groups}
+        select(graph, equal, keep=asked["keep"], **options)  # a budget out of reach is refused before the long part
         plan = keep_all(groups)
-        scores: dict[str, Tensor] = {}
         for shot in range(1, self.shots + 1):
             if shot > 1:
-                self._make_up(model, graph, plan, data, shot=shot - 1, progress=progress)
+                self.make_up(model, graph, plan, data, progress, shot=shot - 1)
             scores = self._scores(model, graph, groups, plan, data, shot=shot, seed=seed, progress=progress)
-            plan = select(graph, scores, keep=1 - (1 - keep) * shot / self.shots, **asked)
-        return plan, scores
+            plan = select(graph, scores, keep=1 - (1 - asked["keep"]) * shot / self.shots, **options)
+            yield shot, plan, scores
 
     def sparsify(
         self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
@@ -127,6 +136,13 @@ class LLMSurgeon(Method):
 
         `n:m` decides by itself how much stays; otherwise it is the share `keep` of the parameters in blocks or of the model.
         """
+        *_, (_, pattern) = self.patterns(model, graph, data, keep=keep, of=of, seed=seed, progress=progress)
+        return pattern
+
+    def patterns(
+        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+    ) -> Iterator[tuple[int, Pattern]]:
+        """The number of every shot, when it is done, and what stays."""
         if of == "macs":
             raise UsageError("of=macs was asked; parts of single matrices are counted in parameters. Use of=blocks or of=model.")
         damping, damping_gradients = self.damped
@@ -142,14 +158,31 @@ class LLMSurgeon(Method):
         )
         remove = round((1 - keep) * graph.parameter_count(blocks_only=of == "blocks"))
 
-        def moments(layers: Sequence[Layer], shot: int) -> None:
+        def collect(layers: Sequence[Layer], shot: int) -> None:
             self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
 
-        return impose(model, graph, data, asked, remove=remove, collect=moments, progress=progress)
+        return impose(model, graph, data, asked, remove=remove, collect=collect, progress=progress)
 
-    def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:
-        """Updates the weights that stay for what the last shot removed."""
-        self._make_up(model, graph, plan, data, shot=self.shots, progress=progress)
+    def make_up(
+        self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress, *, shot: int | None = None
+    ) -> None:
+        """Updates the weights that stay for what a shot removed, the last one if none is named; or reads what was noted of it."""
+        shot = shot or self.shots
+        if self.compensation is None or progress.noted(f"shot-{shot}/superseded"):
+            return
+        layers = [loss.layer for loss in reading(model, graph, plan)]
+        stored = progress.get(f"shot-{shot}/weights")
+        if stored is None:
+            known = (lambda path: _moments(progress, shot, path)) if self.compensation.inputs == "dense" else lambda path: None
+            compensate(model, graph, plan, data, self.compensation, known=known)
+            progress.put(f"shot-{shot}/weights", {layer.path: layer.matrix() for layer in layers})
+        else:
+            for layer in layers:
+                layer.write(stored[layer.path])
+        progress.drop(f"shot-{shot}/moments")
+        if shot > 1:
+            progress.note(f"shot-{shot - 1}/superseded")
+            progress.drop(f"shot-{shot - 1}/weights")
 
     def _scores(
         self,
@@ -211,24 +244,6 @@ class LLMSurgeon(Method):
         progress.drop(f"shot-{shot}/entering")
         progress.note(f"shot-{shot}/collected")
         _warn(thin)
-
-    def _make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, *, shot: int, progress: Progress) -> None:
-        """The update of one shot, or what was noted of it."""
-        if self.compensation is None or progress.noted(f"shot-{shot}/superseded"):
-            return
-        layers = [loss.layer for loss in reading(model, graph, plan)]
-        stored = progress.get(f"shot-{shot}/weights")
-        if stored is None:
-            known = (lambda path: _moments(progress, shot, path)) if self.compensation.inputs == "dense" else lambda path: None
-            compensate(model, graph, plan, data, self.compensation, known=known)
-            progress.put(f"shot-{shot}/weights", {layer.path: layer.matrix() for layer in layers})
-        else:
-            for layer in layers:
-                layer.write(stored[layer.path])
-        progress.drop(f"shot-{shot}/moments")
-        if shot > 1:
-            progress.note(f"shot-{shot - 1}/superseded")
-            progress.drop(f"shot-{shot - 1}/weights")
 
 
 def _read(model: nn.Module, graph: Graph, kinds: Sequence[str]) -> list[Group]:

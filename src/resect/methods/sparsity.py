@@ -80,8 +80,8 @@ def matrices(model: nn.Module, graph: Graph) -> list[Layer]:
 
 def impose(
     model: nn.Module, graph: Graph, data: Data, asked: Sparsity, *, remove: int, collect: Collect, progress: Progress
-) -> Pattern:
-    """Makes a network sparse in place, in shots; gives what stays. `remove` counts the parameters that become zero."""
+) -> Iterator[tuple[int, Pattern]]:
+    """Makes a network sparse in place, in shots; gives what stays after each. `remove` counts the parameters that become zero."""
     layers = matrices(model, graph)
     if not layers:
         raise UsageError("Nothing to cut: the network has no linear layer or ungrouped convolution.")
@@ -109,7 +109,7 @@ def impose(
                 assert stored is not None
                 layer.write(stored.pop("matrix"))
                 stays[layer.path] = Stays(**stored)
-    return Pattern(kind=asked.kind, layers={layer.path: _matrix(stays[layer.path], asked) for layer in layers})
+        yield shot, Pattern(kind=asked.kind, layers={layer.path: _matrix(stays[layer.path], asked) for layer in layers})
 
 
 def lines_kept(model: nn.Module, pattern: Pattern) -> dict[str, tuple[Tensor | None, Tensor | None]]:
