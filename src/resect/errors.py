@@ -1,4 +1,4 @@
-"""The errors resect raises: each says what was asked, what was found, and what to do."""
+"""The errors that resect raises: each says what was asked, what was found, and what to do. And its warnings."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ class NumericsError(ResectError):
 
 class CheckpointError(ResectError):
     """A directory that cannot be read or written."""
+
+
+class ResectWarning(UserWarning):
+    """Something that a user should know; the command line prints it as a line of its own."""
+
+
+class FewPositions(ResectWarning):
+    """Calibration data shows a layer fewer positions than it has inputs."""
+
+
+class DampingRaised(ResectWarning):
+    """A factor of curvature could not be inverted with the damping that was asked for."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -122,6 +122,34 @@ def test_run_repeats_what_prune_wrote(resect_: Command, dense: Path, flags: list
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_prune_resumes(
+    resect_: Command, dense: Path, flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["prune", dense, "--method", "llm-surgeon", "--set", "settings.shots=2", *flags, "-o", tmp_path / "out"]
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resect.recipe.runs, "save", stop)
+        result = resect_(*asked)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    result = resect_(*asked, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_a_user_should_know_is_a_line_of_its_own(resect_: Command, dense: Path, text: Path, tmp_path: Path) -> None:
+    asked = ["--method", "llm-surgeon", "--set", "settings.shots=1", "--data", text, "--samples", 1, "--length", 8]
+    result = resect_("prune", dense, *asked, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "rank 8 at most" in line]
+    assert line.startswith("note: ")
+    assert "FewPositions" not in result.stderr
+
+
 def test_evaluate_puts_models_side_by_side(resect_: Command, dense: Path, text: Path) -> None:
     words = ["evaluate", dense, "--text", text, "--window", "16,32", "--limit", 256, "--prompt", "Bells"]
     shown = resect_(*words)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 import resect
 from resect.checkpoint import Progress
-from resect.errors import NumericsError, UsageError
+from resect.errors import FewPositions, NumericsError, UsageError
 from resect.graph import Graph
 from resect.methods import Compensation, LLMSurgeon
 from resect.methods.compensation import compensate
-from resect.methods.llm_surgeon import FewPositions
 from resect.plan import Kept, Plan
 from resect.statistics import Data, layer_of
 from resect.surgery import masked

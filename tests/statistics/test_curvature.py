@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import resect
-from resect.errors import DataError, NumericsError, UsageError
+from resect.errors import DampingRaised, DataError, NumericsError, UsageError
 from resect.graph import Graph
 from resect.saliency.obs import column_losses
-from resect.statistics import Classes, DampingRaised, Moments, collect_curvature
+from resect.statistics import Classes, Moments, collect_curvature
 from resect.statistics.blockwise import BlockCall, Chain
 from resect.statistics.curvature import DEAD
 from tests.models import FAMILIES, assert_untouched, copy_of, random_tokens, randomise, snapshot

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resect.errors import ResectError, UsageError
+from resect.errors import ResectError, ResectWarning, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +51,8 @@ def answering(*, as_json: bool) -> Iterator[Answer]:
     """
     answer, stdout = Answer(), sys.stdout
     try:
-        with redirect_stdout(sys.stderr):  # whatever libraries print is no result
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever libraries print is no result
+            warnings.showwarning = _warn
             yield answer
     except ResectError as problem:
         _say_error(problem, as_json=as_json)
@@ -68,6 +70,21 @@ def console(*, stderr: bool = False) -> Console:
     """Where text goes, at least 100 columns wide where it is no terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours in a line of their own, others as Python shows them."""
+    if issubclass(category, ResectWarning):
+        console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _say_error(problem: BaseException, *, as_json: bool) -> None:

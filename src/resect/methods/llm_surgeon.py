@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from resect.checkpoint import Progress
-from resect.errors import UsageError
+from resect.errors import FewPositions, UsageError
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Units
@@ -27,10 +27,6 @@ from resect.recovery import Correction
 from resect.saliency import Reader, ladder
 from resect.statistics import Data, Layer, Moments, collect_curvature, readers
 from resect.surgery import masked, reading
-
-
-class FewPositions(UserWarning):
-    """Calibration data shows a layer fewer positions than it has inputs."""
 
 
 class LLMSurgeon(Method):

@@ -2,7 +2,7 @@
 
 from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
-from resect.statistics.curvature import FISHERS, Curvature, DampingRaised, Moments, collect_curvature
+from resect.statistics.curvature import FISHERS, Curvature, Moments, collect_curvature
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.layers import Layer, layer_of, layers_of, readers
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
@@ -16,7 +16,6 @@ __all__ = [
     "Classes",
     "Criterion",
     "Curvature",
-    "DampingRaised",
     "Data",
     "Layer",
     "Moments",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resect.errors import DataError, NumericsError, UsageError, nearest
+from resect.errors import DampingRaised, DataError, NumericsError, UsageError, nearest
 from resect.graph import Graph
 from resect.statistics.blockwise import BlockCall, Chain, prepared
 from resect.statistics.layers import Layer, layers_of
@@ -112,10 +112,6 @@ class Curvature:
 def _inverse(factor: Tensor) -> Tensor:
     found: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(factor))
     return found
-
-
-class DampingRaised(UserWarning):
-    """A factor could not be inverted with the damping that was asked for."""
 
 
 def damped(factor: Tensor, damping: float, name: str, precision: float = torch.finfo(torch.float64).eps) -> Tensor:
