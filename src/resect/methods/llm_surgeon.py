@@ -21,9 +21,9 @@ from resect.errors import FewPositions, UsageError
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Units
-from resect.methods.sparsity import Sparsity, impose
+from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.plan import Pattern, Plan, keep_all, select
-from resect.recovery import Correction
+from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
 from resect.statistics import Data, Layer, Moments, collect_curvature, readers
 from resect.surgery import masked, reading
@@ -74,9 +74,14 @@ class LLMSurgeon(Method):
         return True
 
     @property
+    def updates(self) -> bool:
+        """Whether what stays is updated."""
+        return self.compensation is not None or self.correction is not None
+
+    @property
     def writes(self) -> bool:
         """Whether planning changes weights: between shots it does."""
-        return not self.coupled or (self.shots > 1 and self.compensation is not None)
+        return not self.coupled or (self.shots > 1 and self.updates)
 
     def plan(
         self,
@@ -162,19 +167,29 @@ class LLMSurgeon(Method):
     def make_up(
         self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress, *, shot: int | None = None
     ) -> None:
-        """Updates the weights that stay for what a shot removed, the last one if none is named; or reads what was noted of it."""
+        """Updates the weights that stay for what a shot (none: the last one) removed, or reads what was noted of it."""
         shot = shot or self.shots
-        if self.compensation is None or progress.noted(f"shot-{shot}/superseded"):
+        if not self.updates or progress.noted(f"shot-{shot}/superseded"):
             return
-        layers = [loss.layer for loss in reading(model, graph, plan)]
-        stored = progress.get(f"shot-{shot}/weights")
-        if stored is None:
-            known = (lambda path: _moments(progress, shot, path)) if self.compensation.inputs == "dense" else lambda path: None
-            compensate(model, graph, plan, data, self.compensation, known=known)
-            progress.put(f"shot-{shot}/weights", {layer.path: layer.matrix() for layer in layers})
-        else:
+        losing = reading(model, graph, plan)
+        layers = matrices(model, graph) if self.correction else [loss.layer for loss in losing]
+        if progress.noted(f"shot-{shot}/made-up"):
             for layer in layers:
-                layer.write(stored[layer.path])
+                layer.write((progress.get(f"shot-{shot}/weights/{layer.path}") or {})["matrix"])
+        else:
+            if self.compensation:
+                dense = self.compensation.inputs == "dense"
+                known = (lambda path: _moments(progress, shot, path)) if dense else lambda path: None
+                compensate(model, graph, plan, data, self.compensation, known=known)
+            if self.correction:
+                keep = {layer.path: Stays.whole(layer).elements for layer in layers}
+                for loss in losing:
+                    keep[loss.layer.path][:, loss.columns] = False
+                with masked(model, plan, graph):
+                    correct(layers, keep, model, data, self.correction, last=shot == self.shots, seed=shot)
+            for layer in layers:
+                progress.put(f"shot-{shot}/weights/{layer.path}", {"matrix": layer.matrix().to(layer.weight.dtype)})
+            progress.note(f"shot-{shot}/made-up")
         progress.drop(f"shot-{shot}/moments")
         if shot > 1:
             progress.note(f"shot-{shot - 1}/superseded")
