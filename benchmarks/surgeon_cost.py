@@ -2,11 +2,11 @@
 
     python benchmarks/surgeon_cost.py --model demo
 
-Everything runs in one process. *forward and backward* is a bare pass over the same tokens with gradients of activations, as many as
-the shot needs; *cholesky* is one factorisation in float64 of each factor of every layer that reads heads or channels. *collect*,
-*ladders* and *update* are the parts of the shot, which removes a fifth. Memory is the process's peak since a reset, less
-what it held before; *needed* is what one block cannot do without: its factors in float32, its weights, and what its
-batches take in and hand back.
+Everything runs in one process. *forward and backward* is a bare pass over the same tokens with gradients of activations, which
+is what the shot needs; *cholesky* is one factorisation in float64 of each factor of every layer that reads heads or
+channels. *collect*, *ladders* and *update* are the parts of the shot, which removes a fifth. Memory is the process's peak since a
+reset, less what it held before; *needed* is what one block cannot do without: its factors in float32, its weights, and what
+its batches take in and hand back.
 """
 
 from __future__ import annotations
@@ -88,14 +88,16 @@ def main() -> None:
         _, cholesky, _ = measured(lambda: factorised(layers))
         with tempfile.TemporaryDirectory() as folder:
             progress = Progress(folder, [])
-            gather = lambda data=data, progress=progress: method._collect(  # noqa: E731
+            gather = lambda data=data, progress=progress, method=method: method._collect(  # noqa: E731
                 model, graph, layers, data, shot=1, seed=0, progress=progress
             )
             _, collect, memory = measured(gather)
             options = {"keep": 0.8, "layout": "per-layer"}
             steps = method.shots_of(model, graph, data, options, progress=progress)
             (_, plan, _), ladders, ladder_memory = measured(lambda steps=steps: next(steps))
-            change = lambda plan=plan, data=data, progress=progress: method.make_up(model, graph, plan, data, progress)  # noqa: E731
+            change = lambda plan=plan, data=data, progress=progress, method=method: method.make_up(  # noqa: E731
+                model, graph, plan, data, progress
+            )
             _, update, update_memory = measured(change)
         rows.append(
             {

@@ -64,8 +64,9 @@ def ladder(readers: Sequence[Reader], *, least: int = 0, gone: Sequence[int] = (
 class _State:
     """One layer on the way down.
 
-    With `G = L Lᵀ`, `V = Lᵀ W` has the Gram matrix `Wᵀ G W`. `A⁻¹ = H − P Pᵀ` and `V = V₀ − B Pᵀ` hold with what is
-    pending; of every unit, the blocks `[A⁻¹]_CC` and `V_Cᵀ V_C` are kept up to date.
+    `H` is `A⁻¹` and `M` is `Wᵀ G W`. What was removed since they were last brought up to date is pending: `A⁻¹ = H − P Pᵀ` and
+    `W = W₀ − B Pᵀ`, so that `Wᵀ G W = M − Z Pᵀ − P Zᵀ + P S Pᵀ` with `Z = W₀ᵀ G B` and `S = Bᵀ G B`; `B` itself is never
+    needed. Of every unit, the blocks `[A⁻¹]_CC` and `[Wᵀ G W]_CC` are kept up to date.
     """
 
     def __init__(self, reader: Reader, gone: Sequence[int]) -> None:
@@ -77,9 +78,10 @@ class _State:
         self.gone = torch.zeros(len(reader.columns), dtype=torch.bool)
         self.gone[gone] = True
         self.H = H.clone()
-        self.V = weight.clone() if curvature.G is None else torch.linalg.cholesky(curvature.G).mT @ weight
-        self.P = H.new_empty(len(H), 0)
-        self.B = H.new_empty(len(self.V), 0)
+        self.M = weight.mT @ (weight if curvature.G is None else curvature.G @ weight)
+        room = PENDING + self.columns.shape[1]
+        self.P, self.Z, self.S = H.new_empty(len(H), room), H.new_empty(len(H), room), H.new_empty(room, room)
+        self.pending = 0
         self.flush()
 
     def losses(self) -> Float[Tensor, " units"]:
@@ -93,28 +95,39 @@ class _State:
 
     def remove(self, unit: int) -> None:
         """Takes a unit off."""
-        C = self.columns[unit]
+        C, k = self.columns[unit], self.pending
+        P, Z, S = self.P[:, :k], self.Z[:, :k], self.S[:k, :k]
         root = torch.linalg.cholesky(self.inverse[unit])  # [A⁻¹]_CC = R Rᵀ
-        p = torch.linalg.solve_triangular(root, self.H[C] - self.P[C] @ self.P.mT, upper=False).mT  # [columns, width]
-        b = torch.linalg.solve_triangular(root, (self.V[:, C] - self.B @ self.P[C].mT).mT, upper=False).mT  # [rows, width]
-        towards = b.mT @ self.V - (b.mT @ self.B) @ self.P.mT  # bᵀ V [width, columns]
-        parts, crossing = p[self.columns], towards.mT[self.columns]  # [units, width, width of C]
+        p = _solved(root, self.H[C] - P[C] @ P.mT)  # [columns, width]
+        z = _solved(root, self.M[C] - P[C] @ Z.mT)  # [columns, width]
+        across = _solved(root, Z[C] - P[C] @ S)  # [pending, width]
+        square = _solved(root, _solved(root, self.gram[unit]))  # [width, width]
+        parts, crossing = p[self.columns], (z - P @ across)[self.columns]  # [units, width, width of C]
         mixed = crossing @ parts.mT
         self.inverse -= parts @ parts.mT
-        self.gram += parts @ (b.mT @ b) @ parts.mT - mixed - mixed.mT
-        self.P, self.B = torch.cat([self.P, p], 1), torch.cat([self.B, b], 1)
+        self.gram += parts @ square @ parts.mT - mixed - mixed.mT
+        new = slice(k, k + len(C))
+        self.P[:, new], self.Z[:, new], self.S[new, new] = p, z, square
+        self.S[:k, new], self.S[new, :k] = across, across.mT
+        self.pending += len(C)
         self.gone[unit] = True
-        if self.P.shape[1] >= max(PENDING, self.columns.shape[1]):
+        if self.pending >= PENDING:
             self.flush()
 
     def flush(self) -> None:
         """Carries out what is pending."""
-        self.H -= self.P @ self.P.mT
-        self.V -= self.B @ self.P.mT
-        self.P, self.B = self.P[:, :0], self.B[:, :0]
-        self.inverse = self.H[self.columns[:, :, None], self.columns[:, None, :]]
-        parts = self.V.mT[self.columns]
-        self.gram = parts @ parts.mT
+        P, Z, S = self.P[:, : self.pending], self.Z[:, : self.pending], self.S[: self.pending, : self.pending]
+        self.H -= P @ P.mT
+        self.M -= Z @ P.mT + P @ (Z - P @ S).mT
+        self.pending = 0
+        square = self.columns[:, :, None], self.columns[:, None, :]
+        self.inverse, self.gram = self.H[square], self.M[square]
+
+
+def _solved(root: Tensor, rows: Tensor) -> Tensor:
+    """`(R⁻¹ X)ᵀ`."""
+    found: Tensor = torch.linalg.solve_triangular(root, rows, upper=False).mT
+    return found
 
 
 def _without(H: Tensor, weight: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
