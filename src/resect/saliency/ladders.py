@@ -81,7 +81,7 @@ class _State:
         self.M = weight.mT @ (weight if curvature.G is None else curvature.G @ weight)
         room = PENDING + self.columns.shape[1]
         self.P, self.Z, self.S = H.new_empty(len(H), room), H.new_empty(len(H), room), H.new_empty(room, room)
-        self.pending = 0
+        self.pending, self.since = 0, list(gone)
         self.flush()
 
     def losses(self) -> Float[Tensor, " units"]:
@@ -111,15 +111,23 @@ class _State:
         self.S[:k, new], self.S[new, :k] = across, across.mT
         self.pending += len(C)
         self.gone[unit] = True
+        self.since.append(unit)
         if self.pending >= PENDING:
             self.flush()
 
     def flush(self) -> None:
-        """Carries out what is pending."""
-        P, Z, S = self.P[:, : self.pending], self.Z[:, : self.pending], self.S[: self.pending, : self.pending]
-        self.H -= P @ P.mT
-        self.M -= Z @ P.mT + P @ (Z - P @ S).mT
-        self.pending = 0
+        """Carries out what is pending, and drops the columns that went."""
+        stays = torch.ones(len(self.H), dtype=torch.bool)
+        stays[self.columns[self.since].flatten()] = False
+        P, Z, S = self.P[stays, : self.pending], self.Z[stays, : self.pending], self.S[: self.pending, : self.pending]
+        half = (Z - 0.5 * P @ S) @ P.mT
+        self.H = self.H[stays][:, stays] - P @ P.mT
+        self.M = self.M[stays][:, stays] - half - half.mT
+        self.columns = (stays.cumsum(0) - 1)[self.columns].masked_fill(self.gone[:, None], 0)  # of what went: of no meaning
+        self.P, self.Z = self.P[: len(self.H)], self.Z[: len(self.H)]
+        self.pending, self.since = 0, []
+        if self.gone.all():
+            return
         square = self.columns[:, :, None], self.columns[:, None, :]
         self.inverse, self.gram = self.H[square], self.M[square]
 
