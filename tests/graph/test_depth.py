@@ -160,6 +160,29 @@ def test_blocks_stay_where_a_state_in_between_is_read() -> None:
     assert len(graph.of_kind("sublayers")) == 6
 
 
+class Branches(nn.Module):
+    """Adds what the modules of a list make of the same thing."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+        self.branches = nn.ModuleList(Two() for _ in range(branches))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        y = 2 * x
+        for branch in self.branches:
+            y = y + branch(x)
+        return self.leave(y)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_branches_are_no_blocks(branches: int) -> None:
+    """Without one, the rest is summed; without a block, its input is handed on. Of a single one, nothing tells which it is."""
+    graph = resect.trace(Branches(branches), (torch.zeros(2, 5),))
+    assert not graph.of_kind("blocks")
+
+
 def test_lists_that_take_turns_are_one_stack() -> None:
     graph = resect.trace(lively(Turns(), seed=0), (x(),))
     assert graph.blocks.modules == tuple((f"layers.{number}", f"norms.{number}") for number in range(3))

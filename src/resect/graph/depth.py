@@ -102,20 +102,26 @@ class Flow:
 def chained(flow: Flow, blocks: Blocks) -> set[str]:
     """The blocks that can be left out: those that run once and hand on their stream to the next, with nothing between.
 
-    Where something outside reads what a block hands on to the next, the number of blocks matters, and none is left out.
+    Where something outside reads what a block hands on to the next, the number of blocks matters, and none is left out. Of a
+    list with one block nothing tells whether it hands on its stream or is one of several branches, so it stays.
     """
     times = Counter(visit.path for visit in flow.visits)
     visits = {visit.path: visit for visit in flow.visits}
     single = [paths[0] for paths in blocks.modules if len(paths) == 1 and times[paths[0]] == 1]
     read = _read_outside(flow, [visits[path] for path in single])
+    pairs = [(path, other) for path, other in pairwise(single) if _list_of(path) == _list_of(other)]
     broken = {
-        path.rpartition(".")[0]
-        for path, other in pairwise(single)
-        if path.rpartition(".")[0] == other.rpartition(".")[0]
-        and (not _follows(visits[other], visits[path]) or read.intersection(visits[path].given[:1]))
+        _list_of(path)
+        for path, other in pairs
+        if not _follows(visits[other], visits[path]) or read.intersection(visits[path].given[:1])
     }
-    handing_on = [path for path in single if visits[path].streams and visits[path].returns >= 0]
-    return {path for path in handing_on if path.rpartition(".")[0] not in broken}
+    linked = {path for pair in pairs for path in pair if _list_of(path) not in broken}
+    return {path for path in linked if visits[path].streams and visits[path].returns >= 0}
+
+
+def _list_of(path: str) -> str:
+    """The list that holds a block."""
+    return path.rpartition(".")[0]
 
 
 def _follows(visit: Visit, before: Visit) -> bool:
