@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import resect
 from resect.errors import NumericsError, UsageError
 from resect.graph import Graph
+from resect.plan import Kept, Plan
 from resect.surgery import cut_and_check
 from tests.models import FAMILIES, assert_same_function, random_plan, random_tokens
 
@@ -77,3 +79,39 @@ def test_a_plan_of_another_model_is_refused() -> None:
     plan = random_plan(resect.trace(FAMILIES["llama"]()), 3, uniform=True, kinds=("heads",))
     with pytest.raises(UsageError, match="another network|no coupled group"):
         resect.cut(FAMILIES["llama_mha"](), plan)
+
+
+class Remembering(nn.Module):
+    """Looks a bias up once for evaluation and keeps it, outside of its buffers, until it is trained again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.scale = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembering:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and "scale" not in self.kept:
+            self.kept["scale"] = self.scale * 2
+        return self.leave(self.enter(x) * (self.scale * 2 if self.training else self.kept["scale"]))
+
+
+def test_what_a_network_keeps_for_evaluation_is_forgotten() -> None:
+    model, x = Remembering().eval(), torch.randn(4, 5)
+    graph = resect.trace(model, (x,))
+    with torch.no_grad():
+        before = model(x)
+        (group,) = graph.of_kind("channels")
+        plan = Plan(groups={group.name: Kept(kind=group.kind, layer=None, units=8, keep=(0, 3, 4))})
+        with resect.masked(model, plan, graph):
+            masked = model(x)
+        assert torch.equal(model(x), before)
+        assert not torch.equal(masked, before)
+        resect.cut(model, plan, graph)
+        assert torch.allclose(model(x), masked)
+    assert not model.training

@@ -517,6 +517,7 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     tables = [(value, dict(value)) for _, values in parts for value in values.values() if isinstance(value, dict)]
     found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
     before = [(vars(config), dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
+    model.train()  # what networks keep from one evaluation to the next is dropped
     model.eval()
     for module in model.modules():
         if hasattr(module, PADDING_WARNING):

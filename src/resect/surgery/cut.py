@@ -15,6 +15,7 @@ from resect.errors import ModelError, UsageError
 from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
 from resect.plan import Plan
 from resect.surgery.attributes import shape_attributes
+from resect.surgery.caches import forget
 from resect.surgery.modeling_resect import Gathered, Silent, remove, resize, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 from resect.surgery.vocabulary import kept_tokens, renumber_tokens
@@ -63,6 +64,7 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
         with torch.no_grad():
             set_tensor(model, name, take(tensors.pop(name), positions[name]))
     resize(model, {**record.model_dump(), "shapes": {}})
+    forget(model)
     tokens = kept_tokens(graph, plan)
     if tokens is not None:
         renumber_tokens(model, graph.group(VOCABULARY), tokens)

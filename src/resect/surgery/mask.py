@@ -16,6 +16,7 @@ from resect.graph import Contest, Graph, Watcher, trace
 from resect.graph.atoms import Axis, coordinates, length
 from resect.plan import Plan
 from resect.surgery.attributes import group_counts
+from resect.surgery.caches import forget
 from resect.surgery.modeling_resect import first_tensor, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers, take
 
@@ -45,9 +46,11 @@ def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator
         with torch.no_grad():
             for parameter, index, values in reversed(before):
                 parameter[index] = values
+        forget(model)
 
 
 def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
+    forget(model)
     parameters = tensors(model)
     narrowed = [
         _narrow(model, path, graph, plan)
