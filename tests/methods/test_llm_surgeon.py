@@ -16,7 +16,7 @@ from resect.graph import Graph
 from resect.methods import Compensation, LLMSurgeon
 from resect.methods.compensation import compensate
 from resect.plan import Kept, Plan
-from resect.statistics import Data, layer_of
+from resect.statistics import Classes, Data, layer_of
 from resect.surgery import masked
 from tests.models import FAMILIES, assert_untouched, copy_of, random_tokens, snapshot
 
@@ -226,6 +226,32 @@ def test_the_progress_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
         surgeon(FAMILIES["llama"](), keep=0.6, progress=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="asked for something else"):
         surgeon(FAMILIES["llama"](), data=TOKENS.flip(0), progress=tmp_path / "run", resume=True)
+    other = FAMILIES["llama"]()
+    nn.init.normal_(other.get_parameter("model.norm.weight"))
+    with pytest.raises(UsageError, match="asked for something else"):
+        surgeon(other, progress=tmp_path / "run", resume=True)
+
+
+def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="Name another directory"):
+            surgeon(FAMILIES["llama"](), progress=tmp_path, resume=resume)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("compensation", [None, {}, {"inputs": "pruned"}])
+def test_moments_do_not_pile_up(compensation: Any, tmp_path: Path) -> None:
+    surgeon(FAMILIES["llama"](), settings={"shots": 3, "compensation": compensation}, progress=tmp_path / "run")
+    assert not list(tmp_path.glob("run/shot-*/moments"))
+
+
+def test_networks_without_blocks_have_no_share_of_them() -> None:
+    for mode in ("coupled", "unstructured"):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+        data = Data([(torch.randn(32, 8), torch.randint(5, (32,)))], Classes())
+        with pytest.raises(UsageError, match="Use of=model"):
+            surgeon(model, data=data, inputs=(torch.randn(2, 8),), settings={"mode": mode, "kinds": ["channels"]})
 
 
 def test_too_little_text_is_said() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import resect
 from resect.errors import NumericsError, UsageError
 from resect.methods import METHODS, LLMPruner
-from resect.statistics import Data
+from resect.statistics import Classes, Data
 from tests.models import FAMILIES, assert_same_function, assert_untouched, copy_of, random_tokens, snapshot, tiny_tokenizer
 
 TOKENS = random_tokens(6, 12, seed=3)
@@ -168,3 +169,22 @@ def test_bad_weights_are_named() -> None:
 
 def test_methods_are_known_by_name() -> None:
     assert METHODS["llm-pruner"] is LLMPruner
+
+
+def classifier() -> tuple[nn.Module, dict[str, Any]]:
+    """A network that takes no tokens, and what it is pruned with."""
+    data = Data([(torch.randn(32, 8), torch.randint(5, (32,)))], Classes())
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    return model, {"data": data, "inputs": (torch.randn(2, 8),), "of": "model", "layout": "per-layer"}
+
+
+def test_other_networks_are_pruned_by_weights_and_compensated() -> None:
+    model, options = classifier()
+    result = resect.prune(model, settings={"criterion": "l1", "kinds": ["channels"], "compensation": {}}, **options)
+    assert result.plan.removed()
+
+
+def test_gradients_of_other_networks_are_refused() -> None:
+    model, options = classifier()
+    with pytest.raises(UsageError, match="take batches of tokens"):
+        resect.prune(model, settings={"kinds": ["channels"]}, **options)

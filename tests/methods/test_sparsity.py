@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 import resect
 from resect.checkpoint import Progress
-from resect.errors import UsageError
+from resect.errors import ModelError, UsageError
 from resect.methods.sparsity import matrices
-from tests.models import FAMILIES, assert_same_function, copy_of, random_tokens
+from resect.statistics import Classes, Data, collect_curvature
+from resect.surgery.modeling_resect import Gathered
+from tests.models import FAMILIES, assert_same_function, copy_of, random_tokens, tiny_tokenizer
 
 TOKENS = random_tokens(24, 16, seed=3)
 MODES = ["rows-columns", "unstructured", "2:4"]
@@ -21,9 +24,9 @@ MODES = ["rows-columns", "unstructured", "2:4"]
 
 def surgeon(model: nn.Module, mode: str, *, keep: float = 0.6, **settings: Any) -> resect.Result:
     """A small run on fixed tokens."""
-    given: dict[str, Any] = {key: settings.pop(key) for key in ("progress", "resume", "plan_only", "of") if key in settings}
-    settings = {"mode": mode, **settings}
-    return resect.prune(model, method="llm-surgeon", keep=keep, data=TOKENS, settings=settings, **given)
+    options = set(signature(resect.prune).parameters) & set(settings)
+    given: dict[str, Any] = {"data": TOKENS, **{key: settings.pop(key) for key in options}}
+    return resect.prune(model, method="llm-surgeon", keep=keep, settings={"mode": mode, **settings}, **given)
 
 
 def zeros(model: nn.Module, graph: resect.Graph) -> int:
@@ -152,6 +155,23 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(mode: str, tmp_path: 
             assert torch.equal(value, model.state_dict()[name]), (stop[0], name)
 
 
+def test_shots_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if done[0] == 3:
+            raise Stopped
+        done[0] += 1
+        return collect_curvature(*args, **kwargs)
+
+    monkeypatch.setattr("resect.methods.llm_surgeon.collect_curvature", counted)
+    with pytest.raises(Stopped):
+        surgeon(FAMILIES["llama"](), "unstructured", shots=4, progress=tmp_path / "run")
+    done[0] = -1
+    surgeon(FAMILIES["llama"](), "unstructured", shots=4, progress=tmp_path / "run", resume=True)
+    assert done[0] == 0
+
+
 def test_a_dry_run_leaves_the_weights_alone() -> None:
     model = FAMILIES["llama"]()
     before: dict[str, Tensor] = {name: value.clone() for name, value in model.state_dict().items()}
@@ -165,15 +185,49 @@ def test_neighbours_that_do_not_divide_are_refused() -> None:
         surgeon(FAMILIES["llama"](), "7:11")
 
 
+def test_as_many_neighbours_as_there_are_are_refused() -> None:
+    with pytest.raises(UsageError, match="fewer than 2 stay"):
+        surgeon(FAMILIES["llama"](), "2:2")
+
+
 @pytest.mark.parametrize("mode", ["5:4", "rows", "2:4:6"])
 def test_unknown_modes_are_refused(mode: str) -> None:
     with pytest.raises(UsageError):
         surgeon(FAMILIES["llama"](), mode)
 
 
-def test_more_than_can_go_is_refused() -> None:
+@pytest.fixture
+def uncollected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be collected."""
+
+    def collected(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("resect.methods.llm_surgeon.collect_curvature", collected)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize(("mode", "options"), [("rows-columns", {"floor": 40}), ("unstructured", {"of": "model", "keep": 0.02})])
+def test_more_than_can_go_is_refused_before_the_long_part(mode: str, options: Any) -> None:
     with pytest.raises(UsageError, match="parameters were to go"):
-        surgeon(FAMILIES["llama"](), "rows-columns", keep=0.2, floor=40, shots=1)
+        surgeon(FAMILIES["llama"](), mode, **{"keep": 0.2, "shots": 1, **options})
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_layers_that_cannot_be_gathered_are_refused_before_the_long_part() -> None:
+    layers = nn.ModuleList(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True) for _ in range(2))
+    data, example = Data([(torch.randn(8, 3, 12), torch.randint(12, (8,)))], Classes()), (torch.randn(2, 3, 12),)
+    with pytest.raises(ModelError, match="reads its weight without calling it") as problem:
+        surgeon(nn.Sequential(*layers), "rows-columns", of="model", data=data, inputs=example)
+    assert "gather=false" in problem.value.__notes__[0]
+
+
+def test_rows_and_columns_go_beside_the_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the river ran low")
+    model, source = FAMILIES["llama"](), resect.Vocabulary([str(tmp_path / "text.txt")])
+    result = surgeon(model, "rows-columns", shots=1, tokenizer=tiny_tokenizer(), vocabulary=source)
+    assert len(result.tokenizer) == len(model.get_parameter("model.embed_tokens.weight")) < 101
+    assert any(isinstance(module, Gathered) for module in model.modules())
 
 
 def test_multiply_accumulates_are_refused() -> None:

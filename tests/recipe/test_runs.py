@@ -259,6 +259,8 @@ def test_a_run_of_many_shots_goes_on_where_it_was_cut_short(
             run(asked)
     assert any("--resume" in note for note in stopped.value.__notes__)
     assert (tmp_path / "out.progress").exists()
+    with pytest.raises(UsageError, match="what an earlier run has done"):
+        run(asked)
     result = run(asked, resume=True)
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("out")} == {"out"}
     assert result.plan == whole.plan
@@ -288,3 +290,9 @@ def test_a_pattern_is_saved_with_the_zeros(dense: Path, text: Path, tmp_path: Pa
     )
     assert result.report.saved is not None
     assert result.report.saved["layout"] == "uniform"
+
+
+def test_a_dry_run_writes_the_pattern(dense: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"mode": "rows-columns", "shots": 1}
+    run(recipe_of(dense, text, tmp_path / "out", method="llm-surgeon", settings=settings), dry_run=True)
+    assert Pattern.from_json((tmp_path / "out" / "pattern.json").read_text()).layers

@@ -19,19 +19,22 @@ from resect.errors import CheckpointError, UsageError
 class Progress:
     """A directory of named sets of tensors, each of them whole or not there.
 
-    `asked` is what the run was asked for; a directory that was filled for another request is refused.
+    `asked` is what the run was asked for; a directory that was filled for another request is refused. Without `resume` earlier
+    progress is removed, but never a directory that holds anything else.
     """
 
     def __init__(self, directory: str | Path, asked: Any, *, resume: bool = False) -> None:
         self.directory = Path(directory)
         described = json.dumps(asked, sort_keys=True, default=str)
         note = self.directory / "asked.json"
+        if not note.exists() and self.directory.is_dir() and {file.name for file in self.directory.iterdir()} - {".asked.json"}:
+            raise UsageError(f"{self.directory} holds something else than the progress of a run. Name another directory.")
         if not resume:
             shutil.rmtree(self.directory, ignore_errors=True)
         elif note.exists() and note.read_text(encoding="utf-8") != described:
             raise UsageError(
                 f"{self.directory} holds the progress of a run that was asked for something else. Resume with the same recipe, "
-                "calibration text and seed, or begin anew without resume."
+                "model, calibration text and seed, or begin anew without resume."
             )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

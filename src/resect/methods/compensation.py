@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from resect.graph import Graph
 from resect.plan import Plan
@@ -53,19 +53,20 @@ def _at_once(
 ) -> None:
     """With the inputs that the layers have now."""
     by_path = {loss.layer.path: loss for loss in losses}
+    updated: dict[str, Tensor] = {}  # written when all is measured
 
     def update(path: str, moments: Moments) -> None:
         layer, columns = by_path[path].layer, by_path[path].columns
-        layer.write(without_columns(layer.matrix(), moments.curvature(path, damping=asked.damping).A, columns))
+        found = without_columns(layer.matrix(), moments.curvature(path, damping=asked.damping).A, columns)
+        updated[path] = found.to(layer.weight.dtype)
 
-    for path in list(by_path):
+    for path in by_path:
         if moments := known(path):
             update(path, moments)
-            del by_path[path]
-    if by_path:
-        collect_curvature(
-            model, data.batches, graph, list(by_path), update, fisher="activations", objective=data.objective
-        )
+    if unknown := [path for path in by_path if path not in updated]:
+        collect_curvature(model, data.batches, graph, unknown, update, fisher="activations", objective=data.objective)
+    for path, matrix in updated.items():
+        by_path[path].layer.write(matrix)
 
 
 def _after_prefix(model: nn.Module, chain: Chain, graph: Graph, plan: Plan, data: Data, damping: float) -> None:

@@ -22,11 +22,11 @@ from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Units
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
-from resect.plan import Pattern, Plan, keep_all, select
+from resect.plan import Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
 from resect.statistics import Data, Layer, Moments, collect_curvature, readers
-from resect.surgery import masked, reading
+from resect.surgery import check_gatherable, masked, reading
 
 
 class LLMSurgeon(Method):
@@ -157,7 +157,9 @@ class LLMSurgeon(Method):
             floor=self.floor if isinstance(self.floor, int) else 1,
             correction=self.correction,
         )
-        remove = round((1 - keep) * graph.parameter_count(blocks_only=of == "blocks"))
+        if self.physical:
+            check_gatherable(model, [layer.path for layer in matrices(model, graph)])
+        remove = round((1 - keep) * cost_of(graph, of)({}))
 
         def collect(layers: Sequence[Layer], shot: int) -> None:
             self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
@@ -224,6 +226,8 @@ class LLMSurgeon(Method):
             scores[group.name] = ladder(layers, gone=gone).scores(group.units)
             scores[group.name][gone] = 0
         progress.put(f"shot-{shot}/scores", scores)
+        if self.compensation is None or self.compensation.inputs == "pruned":
+            progress.drop(f"shot-{shot}/moments")
         return scores
 
     def _collect(

@@ -108,7 +108,9 @@ def prune(
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
-        whole = [method, chosen.model_dump(mode="json"), asked, provenance, _fingerprint(given)]
+        whole = [method, chosen.model_dump(mode="json"), asked, provenance]
+        if chosen.long:
+            whole += [_fingerprint(list(given.batches)), _fingerprint(list(model.state_dict().values()))]
         with _noted(progress if chosen.long else None, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
             if chosen.coupled:
                 with _timed(seconds, "plan"):
@@ -134,9 +136,10 @@ def prune(
             tokenizer = cut_tokenizer(tokenizer, trimmed.groups[VOCABULARY].keep)
     if not plan_only:
         with _timed(seconds, "cut"):
-            lines = lines_kept(model, pattern) if pattern and chosen.physical else {}
-            checked = gather_and_check(model, lines, graph, seed=seed) if lines else cut_and_check(model, plan, graph, seed=seed)
-            report["cut_equals_mask"] = checked
+            report["cut_equals_mask"] = cut_and_check(model, plan, graph, seed=seed)
+            if pattern and chosen.physical:
+                gathered = gather_and_check(model, lines_kept(model, pattern), graph, seed=seed)
+                report["cut_equals_mask"] = max(report["cut_equals_mask"], gathered, key=lambda found: found["difference"])
     if pattern is not None:
         report |= _pattern_report(model, graph, pattern)
     return Result(model, plan, report, scores, graph, tokenizer, pattern)
@@ -186,12 +189,12 @@ def _windows(tokens: Tensor) -> Data:
     return Data(tokens.split(max(1, BATCH_TOKENS // max(tokens.shape[1], 1))))
 
 
-def _fingerprint(data: Data) -> str:
-    """A number that tells batches apart."""
+def _fingerprint(values: Any) -> str:
+    """A number that tells batches, or weights, apart."""
     digest = hashlib.sha256()
-    for tensor in tree_leaves(list(data.batches)):
+    for tensor in tree_leaves(values):
         if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -87,10 +87,11 @@ def impose(
         raise UsageError("Nothing to cut: the network has no linear layer or ungrouped convolution.")
     if asked.neighbours:
         _check_divides(layers, *asked.neighbours)
+    else:
+        _check_enough(layers, asked, remove)
     stays = {layer.path: Stays.whole(layer) for layer in layers}
-    for shot in range(1, asked.shots + 1):
-        if progress.noted(f"shot-{shot + 1}/imposed"):
-            continue
+    last = max((shot for shot in range(1, asked.shots + 1) if progress.noted(f"shot-{shot}/imposed")), default=1)
+    for shot in range(last, asked.shots + 1):
         if not progress.noted(f"shot-{shot}/imposed"):
             collect(layers, shot)
             step = _lines if asked.kind == "rows-columns" else _elements
@@ -218,7 +219,18 @@ def _groups(layers: Sequence[Layer], keep: int, of: int) -> int:
     return sum(layer.rows * (layer.columns - (layer.bias is not None)) // of for layer in layers)
 
 
+def _check_enough(layers: Sequence[Layer], asked: Sparsity, remove: int) -> None:
+    """Refuses a budget out of reach before the long part."""
+    zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(len(Stays.whole(layer).columns))) for layer in layers}
+    if asked.kind == "rows-columns":
+        rows_and_columns(zero, remove=remove, floor=asked.floor)
+    elif remove > (most := sum(len(rows) * len(columns) for rows, columns in zero.values())):
+        raise UsageError(f"{remove:,} parameters were to go; the layers that are looked at have only {most:,}. Raise keep.")
+
+
 def _check_divides(layers: Sequence[Layer], keep: int, of: int) -> None:
+    if keep >= of:
+        raise UsageError(f"{keep}:{of} was asked; of {of} neighbours fewer than {of} stay.")
     for layer in layers:
         columns = layer.columns - (layer.bias is not None)
         if columns % of:

@@ -117,6 +117,8 @@ def select_share(
 
 def cost_of(graph: Graph, of: str, *, tokens: int = 64) -> Cost:
     """What a budget counts, as a function of the units removed by group."""
+    if of == "blocks" and not graph.parameter_count(blocks_only=True):
+        raise UsageError("keep was asked of the parameters in blocks, and the network has none. Use of=model.")
     if of == "macs":
         return lambda removed: graph.macs(removed, tokens=tokens)
     return lambda removed: graph.parameter_count(removed, blocks_only=of == "blocks")

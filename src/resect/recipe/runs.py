@@ -66,6 +66,10 @@ def run(
     progress = directory.with_name(f"{directory.name}.progress")
     if resume and not progress.exists():
         raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
+    if progress.exists() and not (resume or overwrite):
+        raise UsageError(
+            f"{progress} holds what an earlier run has done. Go on with it (--resume, resume=True), or begin anew (--overwrite)."
+        )
     with _resumable(progress), _noting(f"Nothing was written to {directory}."):
         return _run(
             recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)
@@ -88,9 +92,10 @@ def _run(
     report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense)
     report.prompts = list(asked.generations)
     if dry_run:
-        files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()}
+        files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _pattern(result)
         _write_plan(directory, files, overwrite=overwrite)
-        shutil.rmtree(progress, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(progress, ignore_errors=True)
         return RunResult(directory, result.plan, report, model)
     _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
     shutil.rmtree(progress, ignore_errors=True)
@@ -153,6 +158,11 @@ def _prune(
     )
 
 
+def _pattern(result: Result) -> dict[str, str]:
+    """What stays of single matrices, as a file by name, where that was the decision."""
+    return {"pattern.json": result.pattern.to_json()} if result.pattern else {}
+
+
 def _save(
     recipe: Recipe, result: Result, report: RunReport, *, directory: Path, overwrite: bool, stages: Stages
 ) -> None:
@@ -160,8 +170,7 @@ def _save(
     assert isinstance(result.model, PreTrainedModel)
     with _placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            pattern = {"pattern.json": result.pattern.to_json()} if result.pattern else {}
-            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=pattern)
+            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_pattern(result))
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
         report.saved = _facts(saved, directory)

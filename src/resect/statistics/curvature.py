@@ -80,9 +80,9 @@ class Moments:
         return cls(tensors["inputs"], tensors.get("gradients"), *counts)
 
     def curvature(self, name: str = "the layer", *, damping: float = 0.01, damping_gradients: float | None = None) -> Curvature:
-        """`A` and `G` in float64, with `damping` times the mean of their diagonals added to these."""
-        A = self.inputs.double() / max(self.positions, 1)
-        G = None if self.gradients is None else self.gradients.double() / max(self.predictions, 1)
+        """`A` and `G` in float64 on the CPU, with `damping` times the mean of their diagonals added to these."""
+        A = self.inputs.cpu().double() / max(self.positions, 1)
+        G = None if self.gradients is None else self.gradients.cpu().double() / max(self.predictions, 1)
         second = damping if damping_gradients is None else damping_gradients
         precision = torch.finfo(self.inputs.dtype).eps
         return Curvature(

@@ -53,10 +53,10 @@ class Layer:
         return self.weight.numel() // self.rows + (self.bias is not None)
 
     def matrix(self) -> Tensor:
-        """`W` [rows, columns] in float64, the bias last."""
-        weight = self.weight.detach().double().clone()
+        """`W` [rows, columns] in float64 on the CPU, the bias last."""
+        weight = self.weight.detach().cpu().double().clone()
         weight = weight.T if self.input_axis == 0 else weight.flatten(1)
-        return weight if self.bias is None else torch.cat([weight, self.bias.detach().double()[:, None]], 1)
+        return weight if self.bias is None else torch.cat([weight, self.bias.detach().cpu().double()[:, None]], 1)
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 @runtime_checkable
@@ -28,6 +29,7 @@ class NextToken:
 
     def predict(self, model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and labels of all tokens that follow a token; padding neither predicts nor is predicted."""
+        batch = _beside(model, batch)
         given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
         logits = model(**given, use_cache=False).logits[:, :-1]
         labels = given["input_ids"][:, 1:]
@@ -48,8 +50,9 @@ class Classes:
 
     def predict(self, model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and labels of all samples."""
-        found = model(batch[0])
-        return getattr(found, "logits", found), batch[1]
+        inputs, labels = _beside(model, batch)
+        found = model(inputs)
+        return getattr(found, "logits", found), labels
 
     def counted(self, batch: Sequence[Tensor]) -> None:
         """All of them."""
@@ -72,6 +75,12 @@ def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = 
             return wide.new_tensor(torch.nan)  # as the loss of any label would be
         labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
     return nn.functional.cross_entropy(wide, labels, reduction="sum")
+
+
+def _beside(model: nn.Module, batch: Any) -> Any:
+    """A batch on the device of the model."""
+    device = next(model.parameters()).device
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def first_tokens(batch: Any) -> Any:

@@ -38,8 +38,9 @@ class Pairs:
         return cls(square, square.clone())
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """`E x̂ x̂ᵀ` and `E x x̂ᵀ` in float64."""
-        return self.inputs.double() / max(self.positions, 1), self.crossing.double() / max(self.positions, 1)
+        """`E x̂ x̂ᵀ` and `E x x̂ᵀ` in float64 on the CPU."""
+        inputs, crossing = (sums.cpu().double() / max(self.positions, 1) for sums in (self.inputs, self.crossing))
+        return inputs, crossing
 
     def __add__(self, other: Pairs) -> Pairs:
         """Sums over both."""

@@ -10,13 +10,14 @@ from resect.surgery.compensate import (
     without_rows_and_columns,
 )
 from resect.surgery.cut import Record, cut, plan_record
-from resect.surgery.gather import dense_tensors, gather
+from resect.surgery.gather import check_gatherable, dense_tensors, gather
 from resect.surgery.mask import mask, masked
 from resect.surgery.vocabulary import kept_tokens
 
 __all__ = [
     "Loss",
     "Record",
+    "check_gatherable",
     "cut",
     "cut_and_check",
     "dense_tensors",

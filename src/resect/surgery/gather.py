@@ -6,7 +6,7 @@ A row or a column of one matrix sits on axes that other layers share, so removin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ def gather(model: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
     if chosen:
         model.resect_record = record.model_copy(update={"gathered": gathered})  # type: ignore[assignment]
     return model
+
+
+def check_gatherable(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raises the `ModelError` with which `gather` would refuse one of some layers, whatever is to stay of them."""
+    slots = _slots(model)
+    try:
+        for path in paths:
+            _checked(model, path, None, None, slots=slots)
+    except ModelError as problem:
+        problem.add_note("With gather=false, rows and columns stay in place as zeros.")
+        raise
 
 
 @torch.no_grad()
