@@ -758,7 +758,7 @@ def test_common_damping_does_whatever_the_tokens(tokens: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
-@pytest.mark.filterwarnings("ignore::resect.statistics.DampingRaised")
+@pytest.mark.filterwarnings("ignore::resect.errors.DampingRaised")
 def test_dead_inputs_cost_nothing_and_harm_nothing(damping: float) -> None:
     inputs = torch.randn(50, 6, dtype=torch.float64)
     inputs[:, [2, 5]] = 0
