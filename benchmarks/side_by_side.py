@@ -322,6 +322,7 @@ def with_torch_pruning(task: Subject) -> dict[str, Any]:
     def build() -> Any:
         return tp.DependencyGraph().build_dependency(task.model, task.inputs, output_transform=transform, verbose=False)
 
+    fresh = copy.deepcopy(task)  # building runs the network, and some keep what they computed
     graph, cost = built(build)
     groups = list(graph.get_all_groups(ignored_layers=[task.head]))
     covered = {}
@@ -334,8 +335,8 @@ def with_torch_pruning(task: Subject) -> dict[str, Any]:
         "groups": len(groups),
         **cost,
         "covered": sum(covered.values()) / parameter_count(task.model),
-        "all": tp_attempt(task, transform, inside=False),
-        "inside": tp_attempt(task, transform, inside=True),
+        "all": tp_attempt(fresh, transform, inside=False),
+        "inside": tp_attempt(fresh, transform, inside=True),
     }
 
 
