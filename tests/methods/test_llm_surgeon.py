@@ -43,7 +43,16 @@ def test_families_are_cut_and_checked(family: str) -> None:
     assert result.report["cut_equals_mask"]["difference"] <= result.report["cut_equals_mask"]["allowed"]
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "sampled", "activations"])
+def test_identity_is_the_size_of_columns() -> None:
+    model = FAMILIES["llama"]()
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    result = surgeon(model, settings={"shots": 1, "fisher": "identity", "damping": 0.0, "kinds": ["channels"]}, plan_only=True)
+    for layer in range(3):
+        expected = 0.5 * weights[f"model.layers.{layer}.mlp.down_proj.weight"].double().square().sum(0)
+        assert torch.allclose(result.scores[f"model.layers.{layer}.mlp.channels"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "activations", "identity"])
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_every_fisher_in_every_layout(fisher: str, layout: str) -> None:
     result = surgeon(FAMILIES["llama"](), layout=layout, settings={"fisher": fisher, "shots": 2})

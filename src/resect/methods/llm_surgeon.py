@@ -35,7 +35,7 @@ class LLMSurgeon(Method):
     mode: Annotated[str, Field(pattern=r"^(coupled|rows-columns|unstructured|[1-9]\d*:[1-9]\d*)$")] = "coupled"
     kinds: tuple[Literal["heads", "channels"], ...] = ("heads", "channels")
     shots: int = Field(default=5, ge=1)
-    fisher: Literal["empirical", "sampled", "activations"] = "empirical"
+    fisher: Literal["empirical", "sampled", "activations", "identity"] = "empirical"
     draws: int = Field(default=1, ge=1)
     damping: float = Field(default=0.01, ge=0)
     damping_gradients: float | None = Field(default=None, ge=0)
@@ -240,7 +240,7 @@ class LLMSurgeon(Method):
         thin: dict[str, tuple[int, int]] = {}
 
         def sink(path: str, moments: Moments) -> None:
-            if moments.positions < columns[path]:
+            if moments.positions < columns[path] and self.fisher != "identity":
                 thin[path] = (moments.positions, columns[path])
             progress.put(f"shot-{shot}/moments/{path}", moments.tensors())
 

@@ -28,8 +28,8 @@ from resect.statistics.blockwise import BlockCall, Chain, prepared
 from resect.statistics.layers import Layer, layers_of
 from resect.statistics.objective import NextToken, Objective, loss_of
 
-FISHERS = ("empirical", "sampled", "activations")
-"""Labels of the text, labels that the network draws, or no gradients at all (`G` = 1)."""
+FISHERS = ("empirical", "sampled", "activations", "identity")
+"""Labels of the text, labels that the network draws, no gradients (`G` = 1), or no text at all (`G` = `A` = 1: magnitudes)."""
 DEAD = 1e-30
 """The diagonal of a factor of zeros: what goes there costs next to nothing, and can still be divided by."""
 RAISES = 4
@@ -180,6 +180,10 @@ def collect_curvature(
     if not batches:
         raise DataError("There is no calibration data. Give at least one batch.")
     layers = layers_of(model, paths)
+    if fisher == "identity":
+        for layer in layers:
+            sink(layer.path, Moments(torch.eye(layer.columns), None, 1))
+        return None
     if fisher == "sampled":
         batches = [batch for batch in batches for _ in range(draws)]
     generator = torch.Generator().manual_seed(seed) if fisher == "sampled" else None
