@@ -26,7 +26,7 @@ from resect.plan import Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
 from resect.statistics import Data, Layer, Moments, collect_curvature, readers
-from resect.surgery import check_gatherable, masked, reading
+from resect.surgery import MAX_CORRELATE, check_gatherable, masked, reading
 
 
 class LLMSurgeon(Method):
@@ -41,7 +41,7 @@ class LLMSurgeon(Method):
     damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
     gather: bool = True
-    max_correlate: int = Field(default=500, ge=1)
+    max_correlate: int = Field(default=MAX_CORRELATE, ge=1)
     correction: Correction | None = None
     selection: Literal["global", "local"] = "global"
     floor: Units | dict[Literal["heads", "channels"], Units] = 1

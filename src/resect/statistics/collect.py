@@ -14,6 +14,7 @@ from resect.errors import DataError, NumericsError, UsageError, nearest
 from resect.graph import KINDS, Graph
 from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.elements import CRITERIA, Criterion
+from resect.statistics.layers import wide
 
 BATCH_TOKENS = 1024
 """Tokens of one forward and backward pass, where a criterion does not ask for single sequences."""
@@ -112,12 +113,12 @@ class Sums:
     def sequence_gradient(self, name: str, weight: Tensor, gradient: Tensor, *, predicted: int) -> None:
         """Adds the gradient of a summed token loss over `predicted` tokens; of one sequence where squares are needed."""
         if self.criterion.adds and not self.keep:
-            squares = (_wide(gradient) / predicted).square() if self.criterion.squares else gradient
+            squares = (wide(gradient) / predicted).square() if self.criterion.squares else gradient
             self.reduce(name, weight, gradient, squares)
             return
         total, squared = self.totals.get(name, (None, None))
-        total = _wide(gradient) if total is None else total.add_(gradient)
-        mean = _wide(gradient) / predicted if self.criterion.squares else torch.zeros(())
+        total = wide(gradient) if total is None else total.add_(gradient)
+        mean = wide(gradient) / predicted if self.criterion.squares else torch.zeros(())
         squared = mean.square() if squared is None else squared.addcmul_(mean, mean)
         self.totals[name] = (total, squared)
 
@@ -134,7 +135,7 @@ class Sums:
 
     def reduce(self, name: str, weight: Tensor, gradient: Tensor, squares: Tensor) -> None:
         """Adds element values, summed over all axes but one."""
-        values = self.criterion.element(_wide(weight.detach()), gradient, squares)
+        values = self.criterion.element(wide(weight.detach()), gradient, squares)
         found = self.statistics.positions.setdefault(name, {})
         for axis in self.axes[name]:
             rest = [dim for dim in range(values.ndim) if dim != axis]
@@ -167,12 +168,7 @@ def position_values(statistics: Statistics, weights: Mapping[str, Tensor]) -> di
 def token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats of each next token, summed over [sequences, length - 1]."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(_wide(logits).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: squares of half-precision gradients underflow."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide(logits).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
 def _axes(graph: Graph, kinds: Sequence[str]) -> dict[str, list[int]]:

@@ -81,7 +81,7 @@ class Layer:
 
     def inputs(self, given: Tensor) -> Tensor:
         """What each position takes in, from the input of the module: [positions, columns], at least float32."""
-        given = _wide(given.detach())
+        given = wide(given.detach())
         if isinstance(self.module, CONVOLUTIONS):
             given = _patches(given, self.module)
         given = given.reshape(-1, given.shape[-1])
@@ -89,7 +89,7 @@ class Layer:
 
     def outputs(self, given: Tensor) -> Tensor:
         """What each position puts out, or its gradient, from the output of the module: [positions, rows]."""
-        given = _wide(given.detach())
+        given = wide(given.detach())
         if isinstance(self.module, CONVOLUTIONS):
             given = given.reshape(*_batched(given, self.module).shape).movedim(1, -1)
         return given.reshape(-1, given.shape[-1])
@@ -134,7 +134,8 @@ def _transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and tuple(weight.shape) == (module.nx, module.nf)  # type: ignore[union-attr]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: squares of half-precision gradients underflow."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

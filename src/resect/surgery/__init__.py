@@ -2,6 +2,7 @@
 
 from resect.surgery.check import cut_and_check, gather_and_check
 from resect.surgery.compensate import (
+    MAX_CORRELATE,
     Loss,
     reading,
     without_columns,
@@ -15,6 +16,7 @@ from resect.surgery.mask import mask, masked
 from resect.surgery.vocabulary import kept_tokens
 
 __all__ = [
+    "MAX_CORRELATE",
     "Loss",
     "Record",
     "check_gatherable",
