@@ -37,8 +37,7 @@ class Stays:
     @classmethod
     def whole(cls, layer: Layer) -> Stays:
         """Everything."""
-        rows, columns = layer.rows, layer.columns - (layer.bias is not None)
-        ones = torch.ones(rows, columns, dtype=torch.bool)
+        ones = torch.ones(layer.rows, layer.inner_columns, dtype=torch.bool)
         return cls(ones[:, 0], ones[0], ones)
 
     def lines(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -137,7 +136,7 @@ def _lines(
         found = torch.zeros(layer.rows, dtype=torch.float64), torch.zeros(layer.columns, dtype=torch.float64)
         found[0][rows] = row_losses(weight, curvature, update=asked.update)
         found[1][columns] = column_losses(weight, curvature, update=asked.update)
-        losses[layer.path] = (found[0], found[1][: len(stays[layer.path].columns)])
+        losses[layer.path] = (found[0], found[1][: layer.inner_columns])
     chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
     for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
         rows, columns = stays[layer.path].lines(layer)
@@ -216,15 +215,15 @@ def _matrix(stays: Stays, asked: Sparsity) -> Matrix:
 
 
 def _groups(layers: Sequence[Layer], keep: int, of: int) -> int:
-    return sum(layer.rows * (layer.columns - (layer.bias is not None)) // of for layer in layers)
+    return sum(layer.rows * layer.inner_columns // of for layer in layers)
 
 
 def _check_enough(layers: Sequence[Layer], asked: Sparsity, remove: int) -> None:
     """Refuses a budget out of reach before the long part."""
-    zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(len(Stays.whole(layer).columns))) for layer in layers}
     if asked.kind == "rows-columns":
+        zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(layer.inner_columns)) for layer in layers}
         rows_and_columns(zero, remove=remove, floor=asked.floor)
-    elif remove > (most := sum(len(rows) * len(columns) for rows, columns in zero.values())):
+    elif remove > (most := sum(layer.rows * layer.inner_columns for layer in layers)):
         raise UsageError(f"{remove:,} parameters were to go; the layers that are looked at have only {most:,}. Raise keep.")
 
 
@@ -232,8 +231,7 @@ def _check_divides(layers: Sequence[Layer], keep: int, of: int) -> None:
     if keep >= of:
         raise UsageError(f"{keep}:{of} was asked; of {of} neighbours fewer than {of} stay.")
     for layer in layers:
-        columns = layer.columns - (layer.bias is not None)
-        if columns % of:
+        if layer.inner_columns % of:
             raise UsageError(
-                f"{keep}:{of} was asked; {layer.path} has {columns} inputs, which do not divide into groups of {of}."
+                f"{keep}:{of} was asked; {layer.path} has {layer.inner_columns} inputs, which do not divide into groups of {of}."
             )

@@ -50,7 +50,12 @@ class Layer:
     @property
     def columns(self) -> int:
         """Inputs, the constant one of a bias included."""
-        return self.weight.numel() // self.rows + (self.bias is not None)
+        return self.inner_columns + (self.bias is not None)
+
+    @property
+    def inner_columns(self) -> int:
+        """Inputs without the constant one."""
+        return self.weight.numel() // self.rows
 
     def matrix(self) -> Tensor:
         """`W` [rows, columns] in float64 on the CPU, the bias last."""
