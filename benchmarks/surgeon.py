@@ -44,9 +44,11 @@ SURGEONS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"unstructured-{shots}": (shots, {"mode": "unstructured"}) for shots in (1, 5)},
     "unstructured-1, no updates": (1, {"mode": "unstructured", "compensation": None}),
     "unstructured-1, activations alone": (1, {"mode": "unstructured", "fisher": "activations"}),
+    "unstructured-1, magnitude": (1, {"mode": "unstructured", "fisher": "identity", "compensation": None}),
     "2:4-1": (1, {"mode": "2:4"}),
     "2:4-1, no updates": (1, {"mode": "2:4", "compensation": None}),
     "2:4-1, activations alone": (1, {"mode": "2:4", "fisher": "activations"}),
+    "2:4-1, magnitude": (1, {"mode": "2:4", "fisher": "identity", "compensation": None}),
 }
 """Settings by name, and the shots in which half of the parameters go."""
 PRUNERS: dict[str, Method] = {
