@@ -246,3 +246,38 @@ def test_a_network_that_changes_itself_is_left_as_it_was() -> None:
     assert not model.ran
     assert model.leave is leave
     assert model.training
+
+
+class Pieces(nn.Module):
+    """A mixer that keeps the sizes of its pieces: a list, one number and the sum of two, and the shape of a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 21), nn.Linear(21, 6)
+        self.pieces, self.first, self.both, self.shape = [5, 9, 7], 5, 14, (9, 1)
+        self.shift, self.scale = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 6]."""
+        a, b, c = self.enter(x).split(self.pieces, -1)
+        joined = torch.cat([a.relu(), b.sigmoid()], -1)
+        a, b = joined.split([self.first, self.both - self.first], -1)
+        b = (b[..., None] * self.scale.view(self.shape))[..., 0]
+        return self.leave(torch.cat([a + self.shift, b, c.tanh()], -1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lists_and_sums_of_sizes_that_a_module_keeps_follow_a_cut(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model = nn.Sequential(Pieces(), Pieces()).double().eval()
+    graph = resect.trace(model, (x,))
+    assert sorted(group.units for group in graph.groups) == [5, 5, 6, 7, 7, 9, 9]
+    plan = random_plan(graph, seed, uniform=False, kinds=["channels"])
+    small = resect.cut(copy.deepcopy(model), plan, graph)
+    front = small.get_submodule("0")
+    assert isinstance(front, Pieces)
+    assert sum(front.pieces) == front.enter.out_features < 21
+    assert isinstance(front.shape, tuple)
+    with resect.masked(model, plan, graph):
+        torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)

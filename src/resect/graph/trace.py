@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length, mark
+from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Frame, Graph, Operation
@@ -150,6 +150,29 @@ class Replay:
             except Exception as problem:
                 return replayer.reached, replayer.where, str(problem).splitlines()[0] if str(problem) else repr(problem)
         return inf, "", ""
+
+    def sizes(self, number: int) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+        """What an operator of the dense run put out, in sizes that change, and what the coupling demands of the cut one.
+
+        Whole shapes, single axes, what several results have of one axis and the sum of it, and the positions that are left
+        out in front of a run of them.
+        """
+        witness = self._graph.witness
+        if not 0 <= number < len(witness.operations):
+            return {}
+        operation = witness.operations[number]
+        before, after = witness.shapes(operation, {}), witness.shapes(operation, self._kept)
+        pairs = list(zip(before, after, strict=True))
+        if len(before) > 1 and len({len(shape) for shape in before}) == 1:
+            across = list(zip(zip(*before, strict=True), zip(*after, strict=True), strict=True))
+            pairs += [*across, *(((sum(have),), (sum(want),)) for have, want in across)]
+        pairs += [((a,), (b,)) for have, want in pairs for a, b in zip(have, want, strict=True)]
+        pairs.append(((length(operation.before),), (kept_length(operation.before, self._kept),)))
+        found = defaultdict[tuple[int, ...], set[tuple[int, ...]]](set)
+        for have, want in pairs:
+            if have != want:
+                found[have].add(want)
+        return found
 
     def _tensors(self) -> dict[int, Tensor]:
         blank = _fake if self._mode else _real

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice, product
 from math import inf
 from typing import Any
 
@@ -34,6 +34,8 @@ OPERATORS = 150_000
 """Operators replayed in all after which the search gives up: a long network gets fewer trials."""
 STUCK = 400
 """Replays in a row that get no further, after which it gives up, too."""
+TORN = 40
+"""The same, once an operator demands another size of a number than one before it did; then more at once is not tried."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Search:
     census: Census
     spent: int = 0
     stuck: int = 0
+    limit: int = STUCK
     furthest: float = -1
     where: str = ""
     problem: str = ""
@@ -113,7 +116,7 @@ class Search:
         for most in range(1, AT_ONCE + 1):
             self.stuck = 0
             solved = self._solve(found, reached, where, most)
-            if solved is not None:
+            if solved is not None or self.limit == TORN:
                 return solved
         return None
 
@@ -130,6 +133,16 @@ class Search:
     def _better(self, found: Attributes, reached: float, where: str, most: int) -> Iterator[list[tuple[float, str, Attributes]]]:
         """Trials that get further, by the number of attributes and then by how far around `where` these were looked for."""
         path = where.split(".") if where else []
+        reaches = []
+        for trial in self._demanded(found, reached, path):
+            if self.spent >= OPERATORS or self.stuck >= self.limit:
+                return
+            further, at = self.run(trial)
+            reaches.append(further)
+            if further > reached:
+                yield [(further, at, trial)]
+        if reaches and max(reaches) < reached:
+            self.limit = TORN
         for count in range(1, most + 1):
             for depth in range(len(path), -1, -1):
                 roles = list(dict.fromkeys(_candidates(self.model, self.blocks, ".".join(path[:depth]), self.groups)))
@@ -137,7 +150,7 @@ class Search:
                     roles = [role for role in roles if not role.attribute.startswith("config.")]
                 better = []
                 for chosen in combinations(roles, count):
-                    if self.spent >= OPERATORS or self.stuck >= STUCK:
+                    if self.spent >= OPERATORS or self.stuck >= self.limit:
                         return
                     trial = found
                     for role in chosen:
@@ -150,6 +163,36 @@ class Search:
                         better.append((further, at, trial))
                 if better:
                     yield better
+
+
+    def _demanded(self, found: Attributes, reached: float, path: list[str]) -> Iterator[Attributes]:
+        """Trials of attributes that are sizes of what the operator put out in the dense run: given those it has to have now.
+
+        Of the module it runs in and of those around it, all of a module at once and then each alone.
+        """
+        sizes = self.replay.sizes(int(reached))
+        for depth in range(len(path), -1, -1):
+            where = ".".join(path[:depth])
+            known, resized = found.get(where, {}), _resized(self.model.get_submodule(where), sizes)
+            if any(known.get(name, values[0]) not in values for name, values in resized.items()):
+                self.limit = TORN
+            choices = [[(name, value) for value in values] for name, values in resized.items() if name not in known]
+            alone = [(choice,) for values in choices for choice in values] if len(choices) > 1 else []
+            for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
+                yield {**found, where: {**known, **dict(chosen)}}
+
+
+def _resized(module: nn.Module, sizes: Mapping[tuple[int, ...], set[tuple[int, ...]]]) -> dict[str, list[Any]]:
+    """The attributes of a module that are sizes, or lists of sizes, and what they may be instead."""
+    single = {have[0]: sorted(want[0] for want in wants) for have, wants in sizes.items() if len(have) == 1}
+    found: dict[str, list[Any]] = {name: list(single[value]) for name, value in _integers(module) if value in single}
+    for name, value in vars(module).items():
+        if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+            each = [single.get(item, [item])[0] for item in value]
+            wanted = [list(want) for want in sorted(sizes.get(tuple(value), ()))] or [each]
+            if wanted != [list(value)]:
+                found[name] = wanted
+    return found
 
 
 def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attributes:
