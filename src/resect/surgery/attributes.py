@@ -140,7 +140,8 @@ class Search:
             further, at = self.run(trial)
             reaches.append(further)
             if further > reached:
-                yield [(further, at, trial)]
+                trial = self._needed(found, trial)
+                yield [(*self.run(trial), trial)]
         if reaches and max(reaches) < reached:
             self.limit = TORN
         for count in range(1, most + 1):
@@ -180,6 +181,16 @@ class Search:
             alone = [(choice,) for values in choices for choice in values] if len(choices) > 1 else []
             for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
                 yield {**found, where: {**known, **dict(chosen)}}
+
+
+    def _needed(self, found: Attributes, trial: Attributes) -> Attributes:
+        """A trial without what it gets as far without: another number may have the same size by chance."""
+        for where, values in trial.items():
+            for name in sorted(values.keys() - found.get(where, {}).keys()):
+                fewer = {**trial, where: {key: value for key, value in trial[where].items() if key != name}}
+                if self.run(fewer)[0] >= self.run(trial)[0]:
+                    trial = fewer
+        return trial
 
 
 def _resized(module: nn.Module, sizes: Mapping[tuple[int, ...], set[tuple[int, ...]]]) -> dict[str, list[Any]]:
