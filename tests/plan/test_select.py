@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import resect
 from resect.errors import NumericsError, UsageError
 from resect.graph import Graph, Group
-from resect.plan import Kept, Plan, select
-from tests.models import tiny
+from resect.plan import Kept, Plan, keep_all, select
+from tests.models import FAMILIES, tiny
 from tests.reference import count_parameters, removed_units
 
 LAYERS = 4
@@ -337,3 +337,18 @@ def test_macs_are_what_runs(cut: bool) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(4, 101, (1, 64)), use_cache=False)
     assert here.macs(plan.removed()) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("spread", [None, 1.2])
+def test_what_an_earlier_plan_removed_is_gone(layout: str, selection: str, spread: float | None) -> None:
+    graph = resect.trace(FAMILIES["llama"]())
+    generator = torch.Generator().manual_seed(0)
+    plan, cost = keep_all(graph.of_kind("heads", "channels")), graph.parameter_count(blocks_only=True)
+    for keep in (0.9, 0.75, 0.6):
+        scores = {group.name: torch.rand(group.units, generator=generator) for group in graph.of_kind("heads", "channels")}
+        found = select(graph, scores, keep=keep, layout=layout, selection=selection, spread=spread, within=plan)
+        assert keep - 0.09 < graph.parameter_count(found.removed(), blocks_only=True) / cost <= keep
+        assert all(set(kept.keep) <= set(plan.groups[name].keep) for name, kept in found.groups.items())
+        plan = found

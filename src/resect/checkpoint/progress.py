@@ -67,6 +67,11 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(facts))
 
+    def facts(self, name: str) -> dict[str, Any] | None:
+        """The facts noted with something that is done."""
+        path = self.directory / f"{name}.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
     def noted(self, name: str) -> bool:
         """Whether something is done."""
         return (self.directory / f"{name}.json").exists()

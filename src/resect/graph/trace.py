@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -92,6 +93,8 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
     recorder.outputs(output)
+    for axis in _ranks(parameters):
+        freeze(axis, "the rank of an adapter")
     for name, axes in (*parameters.items(), *buffers.items()):
         if id(state[name]) not in recorder.used:
             freeze([atom for axis in axes for atom in axis], "not used in the traced run")
@@ -443,6 +446,13 @@ def _memory(tensor: Tensor) -> int:
 def _is_text(tensor: Tensor) -> bool:
     """Whether a tensor looks like token numbers [batch, tokens]."""
     return tensor.dtype == torch.long and tensor.ndim == 2
+
+
+def _ranks(parameters: Mapping[str, rules.Axes]) -> Iterator[Axis]:
+    """The rank axes of low-rank adapters, by the names that PEFT gives their two matrices."""
+    for name, axes in parameters.items():
+        if found := re.search(r"\.lora_(?:embedding_)?([AB])\.", name):
+            yield axes["AB".index(found[1])]
 
 
 def _text(inputs: Sequence[Tensor], named: Mapping[str, Any]) -> list[Tensor]:

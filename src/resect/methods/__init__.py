@@ -3,6 +3,7 @@
 from resect.methods.compensation import Compensation
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
+from resect.methods.lorashear import LoRAShear
 from resect.methods.method import Method
 from resect.methods.prune import METHODS, Result, method_settings, prune
 from resect.methods.vocabulary import Vocabulary, vocabulary_plan
@@ -12,6 +13,7 @@ __all__ = [
     "Compensation",
     "LLMPruner",
     "LLMSurgeon",
+    "LoRAShear",
     "Method",
     "Result",
     "Vocabulary",

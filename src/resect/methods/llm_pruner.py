@@ -16,7 +16,7 @@ from resect.checkpoint import Progress
 from resect.errors import UsageError
 from resect.graph import Graph
 from resect.methods.method import Method, Units
-from resect.plan import Plan, keep_all, select, select_share
+from resect.plan import Plan, keep_all, select, select_share, spent_first
 from resect.saliency import score
 from resect.statistics import CRITERIA, Data, collect
 from resect.surgery import masked
@@ -85,7 +85,7 @@ class LLMPruner(Method):
             with masked(model, plan, graph):
                 statistics = collect(model, tokens, graph, self.criterion, kinds=kinds)
                 scores = score(graph, statistics, reduction=self.reduction, seed=seed)
-            scores = {name: _spent_first(values, plan, name) for name, values in scores.items()}
+            scores = {name: spent_first(values, plan, name) for name, values in scores.items()}
             if self.share is not None:
                 plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=ranges)
             else:
@@ -101,12 +101,3 @@ def _tokens(data: Data) -> Tensor:
             "For other networks use criterion l1, l2 or random, or method llm-surgeon."
         )
     return torch.cat(list(data.batches))
-
-
-def _spent_first(values: Tensor, plan: Plan, group: str) -> Tensor:
-    """What an earlier step removed is worth nothing now, whatever the criterion says."""
-    if group not in plan.groups:
-        return values
-    stays = values.new_zeros(values.shape)
-    stays[list(plan.groups[group].keep)] = 1
-    return values * stays

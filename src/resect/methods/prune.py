@@ -24,6 +24,7 @@ from resect.explain import explain
 from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
+from resect.methods.lorashear import LoRAShear
 from resect.methods.method import Method
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
@@ -31,7 +32,7 @@ from resect.plan import LAYOUTS, Pattern, Plan
 from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check, gather_and_check
 
-METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon}
+METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon, "lorashear": LoRAShear}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
 
 
@@ -121,6 +122,7 @@ def prune(
             else:
                 with _timed(seconds, "plan"):
                     pattern = chosen.sparsify(model, graph, given, keep=keep, of=of, seed=seed, progress=notes)
+    losses = plan.notes.get("losses")
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
@@ -130,6 +132,7 @@ def prune(
         "withheld": withheld,
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
+        **({"losses": losses} if losses else {}),
     }
     if vocabulary is not None and not plan_only:
         with _timed(seconds, "tokenizer"):

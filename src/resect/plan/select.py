@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from itertools import accumulate
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def select(
     ranges: Ranges | None = None,
     floor: int | Mapping[str, int] = 1,
     spread: float | None = None,
+    within: Plan | None = None,
     tokens: int = 64,
 ) -> Plan:
     """The plan that keeps the share `keep` of a cost and loses least by the given saliencies.
@@ -64,6 +66,7 @@ def select(
     that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `ranges` bounds the layers of
     a kind, `(first, last + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is given).
     `spread` (1 or more) caps what a group may lose, as a multiple of the share that its kind would lose if all lost alike.
+    `within` is an earlier plan for the same groups: what it removed is gone, whatever it was worth.
     The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
@@ -72,16 +75,20 @@ def select(
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
     ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges, groups=groups)
+    gone = {name: kept.removed for name, kept in within.groups.items()} if within else {}
+    scores = {name: spent_first(values, within, name) for name, values in scores.items()} if within else scores
     dense = cost({})
     target = keep * dense
     prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
+    spent = [gone.get(ladder[0].name, 0) for ladder in ladders]
     aligns = [align if ladder[0].kind in ("channels", "residual", "vocabulary") else 1 for ladder in ladders]
-    order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns)
+    order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns, spent=spent)
     if spread is not None and selection == "global":
         even = _take(order(floors=floors, local=True), ladders, cost, target)
         floors = _capped(ladders, floors, even, spread) if even else floors
+        floors = [min(least, ladder[0].units - went) for least, ladder, went in zip(floors, ladders, spent, strict=True)]
     steps = order(floors=floors, local=selection == "local")
     taken = _take(steps, ladders, cost, target)
     if taken is None:
@@ -197,13 +204,16 @@ def _order(
     prices: Sequence[int],
     floors: Sequence[int],
     aligns: Sequence[int],
+    spent: Sequence[int],
     local: bool,
 ) -> list[Step]:
     """All steps, first to go first; one block is left whatever happens."""
     steps: list[Step] = []
-    for number, (ladder, price, least, width) in enumerate(zip(ladders, prices, floors, aligns, strict=True)):
+    for number, (ladder, price, least, width, went) in enumerate(zip(ladders, prices, floors, aligns, spent, strict=True)):
         sizes = _removals(ladder[0].units, width, least)
-        steps += _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
+        found = _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
+        before = accumulate(sizes)
+        steps += [replace(step, key=-inf) if done <= went else step for step, done in zip(found, before, strict=False)]
     steps.sort(key=lambda step: (step.key, step.loss))
     whole = [step for step in steps if ladders[step.ladder][0].kind == "blocks"]
     if whole and len(whole) == graph.blocks.count:
@@ -286,7 +296,7 @@ def _give_back(
     """Less of what was taken, dearest first, as long as the target is met."""
     needed: set[int] = set()
     for step in reversed(taken):
-        if step.ladder in needed:
+        if step.ladder in needed or step.key == -inf:
             continue
         fewer = removed | {group.name: removed[group.name] - step.units for group in ladders[step.ladder]}
         if cost(fewer) <= target:
@@ -294,6 +304,15 @@ def _give_back(
         else:
             needed.add(step.ladder)
     return removed
+
+
+def spent_first(values: Tensor, plan: Plan, group: str) -> Tensor:
+    """What an earlier plan removed is worth nothing now, whatever the criterion says."""
+    if group not in plan.groups:
+        return values
+    stays = values.new_zeros(values.shape)
+    stays[list(plan.groups[group].keep)] = 1
+    return values * stays
 
 
 def _plan(ladders: list[list[Group]], scores: Mapping[str, Tensor], removed: Mapping[str, int]) -> Plan:

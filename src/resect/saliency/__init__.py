@@ -1,5 +1,6 @@
 """What removing a unit is estimated to cost: one formula of one paper each."""
 
+from resect.saliency.adapted import adapted_scores
 from resect.saliency.ladders import Ladder, Reader, ladder
 from resect.saliency.obs import block_losses, column_losses, element_losses, pattern_losses, row_losses
 from resect.saliency.score import REDUCTIONS, score, unit_values
@@ -8,6 +9,7 @@ __all__ = [
     "REDUCTIONS",
     "Ladder",
     "Reader",
+    "adapted_scores",
     "block_losses",
     "column_losses",
     "element_losses",

@@ -11,14 +11,17 @@ from resect.surgery.compensate import (
     without_rows_and_columns,
 )
 from resect.surgery.cut import Record, cut, plan_record
+from resect.surgery.fade import Fading, Slice
 from resect.surgery.gather import check_gatherable, dense_tensors, gather
 from resect.surgery.mask import mask, masked
 from resect.surgery.vocabulary import kept_tokens
 
 __all__ = [
     "MAX_CORRELATE",
+    "Fading",
     "Loss",
     "Record",
+    "Slice",
     "check_gatherable",
     "cut",
     "cut_and_check",

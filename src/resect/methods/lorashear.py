@@ -1,0 +1,182 @@
+"""LoRAShear (Chen et al.; arXiv 2310.18356): adapters train while redundant units fade, so that others learn what they knew.
+
+The paper names its stages and criteria; public code does not exist. Rank, learning rate, steps and periods are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resect.checkpoint import Progress
+from resect.errors import UsageError
+from resect.graph import Graph, Group, retrace
+from resect.methods.method import Method, Units
+from resect.plan import Plan, keep_all, select
+from resect.recovery import Adapter, Steps, adapted, deltas, spent, trained
+from resect.saliency import adapted_scores
+from resect.statistics import Data, layer_of
+from resect.surgery import Fading
+
+
+class LoRAShear(Method):
+    """Settings of the method; docs/methods.md says which are the paper's."""
+
+    kinds: tuple[Literal["heads", "channels", "experts"], ...] = ("heads", "channels")
+    adapter: Adapter = Adapter()
+    learning_rate: float = Field(default=3e-4, gt=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    periods: int = Field(default=5, ge=1)
+    period_steps: int = Field(default=20, ge=1)
+    settle_steps: int = Field(default=0, ge=0)
+    """Steps after the last period, in which nothing fades any more."""
+    half_space: bool = True
+    selection: Literal["global", "local"] = "global"
+    spread: float | None = Field(default=1.2, ge=1)
+    floor: Units | dict[Literal["heads", "channels", "experts"], Units] = 1
+    checkpoint_steps: int = Field(default=25, ge=1)
+
+    @property
+    def removes(self) -> tuple[str, ...]:
+        """The kinds of units that may go."""
+        return self.kinds
+
+    @property
+    def long(self) -> bool:
+        """Its state is noted every few steps."""
+        return True
+
+    @property
+    def writes(self) -> bool:
+        """What stays has learned."""
+        return True
+
+    @property
+    def steps(self) -> int:
+        """All gradient steps."""
+        return self.warmup_steps + self.periods * self.period_steps + self.settle_steps
+
+    def plan(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        *,
+        keep: float,
+        of: str = "blocks",
+        layout: str = "per-layer",
+        align: int = 1,
+        seed: int = 42,
+        progress: Progress,
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Trains adapters while units fade, adds them to the weights, and gives what stays with the last scores.
+
+        What the plan removes is zero afterwards.
+        """
+        groups = list(graph.of_kind(*self.kinds))
+        options: dict[str, Any] = {"of": of, "layout": layout, "align": align}
+        options |= {"selection": self.selection, "kinds": self.kinds, "floor": self.floor, "spread": self.spread}
+        select(graph, {group.name: torch.zeros(group.units) for group in groups}, keep=keep, **options)  # refused early
+        plan, scores = keep_all(groups), dict[str, Tensor]()
+        with adapted(model, _layers(model, graph), self.adapter, seed=seed) as layers:
+            inner = retrace(model, graph)
+            twins = _twins(groups, inner)
+            base = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+            fading = Fading.of(model, inner, twins)
+            steps = Steps(model, trained(layers), data, learning_rate=self.learning_rate, seed=seed)
+            first, plans = _resumed(progress, fading, steps, [plan])
+            if first:
+                fading.scale(left=self._left(first - 1))
+            for step in tqdm(range(first, self.steps), initial=first, total=self.steps, desc="lorashear", unit="step", delay=2):
+                period = self._begins(step)
+                if period:
+                    scores = adapted_scores(twins, base, deltas(layers))
+                    share = 1 - (1 - keep) * period / self.periods
+                    plans.append(select(graph, scores, keep=share, within=plans[-1], **options))
+                    fading.begin(_lost(plans[-1], plans[-2]))
+                    progress.put(f"scores-{period}", scores)
+                steps.step(step)
+                if self.half_space:
+                    fading.zero(spent(fading, layers, learning_rate=self.learning_rate))
+                fading.scale(left=self._left(step), step=self._ratio(step))
+                if self._ends(step):
+                    fading.end()
+                if (step + 1) % self.checkpoint_steps == 0:
+                    _note(progress, step + 1, plans, fading, steps)
+        scores = progress.get(f"scores-{self.periods}") or {}
+        return plans[-1].model_copy(update={"notes": {"losses": steps.losses}}), scores
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """The period, from 0, and the place of a step in it; negative in the warm-up."""
+        return divmod(step - self.warmup_steps, self.period_steps)
+
+    def _begins(self, step: int) -> int:
+        """The period, from 1, that begins with a step; 0 if none does."""
+        period, turn = self._turn(step)
+        return period + 1 if turn == 0 and 0 <= period < self.periods else 0
+
+    def _ends(self, step: int) -> bool:
+        return bool(self._begins(step + 1)) or step + 1 == self.warmup_steps + self.periods * self.period_steps
+
+    def _left(self, step: int) -> float:
+        """The share of a fading unit that is left after a step: it falls in a straight line to 0."""
+        return (self.period_steps - self._turn(step)[1] - 1) / self.period_steps
+
+    def _ratio(self, step: int) -> float:
+        """What a step multiplies a fading unit by; over a period the product of these is 0."""
+        turn = self._turn(step)[1]
+        return (self.period_steps - turn - 1) / (self.period_steps - turn)
+
+
+def _layers(model: nn.Module, graph: Graph) -> list[str]:
+    """The layers that get an adapter: all in blocks, or all where there are no blocks."""
+    paths = [path for path, _ in model.named_modules() if path and layer_of(model, path)]
+    inside = [path for path in paths if graph.blocks.layer_of(path) is not None]
+    if not (inside or paths):
+        raise UsageError(f"{type(model).__name__} has no linear layers or convolutions that could take adapters.")
+    return inside or paths
+
+
+def _twins(groups: Sequence[Group], inner: Graph) -> list[Group]:
+    """The groups of the adapted network that have the base weights of some groups, and slices of adapters besides."""
+    def key(group: Group) -> frozenset[tuple[str, int]]:
+        named = ((member.parameter.replace(".base_layer.", "."), member.axis) for member in group.members)
+        return frozenset(place for place in named if ".lora_" not in place[0])
+
+    found = {key(group): group for group in inner.groups}
+    return [replace(found[key(group)], name=group.name) for group in groups]
+
+
+def _lost(plan: Plan, earlier: Plan) -> dict[str, Tensor]:
+    """The units [n] that one plan removes and an earlier one kept, by group."""
+    found = {name: sorted(set(earlier.groups[name].keep) - set(kept.keep)) for name, kept in plan.groups.items()}
+    return {name: torch.tensor(units) for name, units in found.items() if units}
+
+
+def _note(progress: Progress, step: int, plans: Sequence[Plan], fading: Fading, steps: Steps) -> None:
+    """Notes everything that the next step needs."""
+    progress.put(f"state-{step}/steps", steps.state())
+    progress.put(f"state-{step}/zeros", fading.zeros)
+    before = progress.facts("state")
+    progress.note("state", step=step, plans=[plan.to_json() for plan in plans], losses=steps.losses)
+    if before:
+        progress.drop(f"state-{before['step']}")
+
+
+def _resumed(progress: Progress, fading: Fading, steps: Steps, plans: list[Plan]) -> tuple[int, list[Plan]]:
+    """The step to go on with, and the plans so far; where nothing was noted, the first and those given."""
+    noted = progress.facts("state")
+    if noted is None:
+        return 0, plans
+    plans = [Plan.from_json(text) for text in noted["plans"]]
+    steps.restore(progress.get(f"state-{noted['step']}/steps") or {}, losses=noted["losses"])
+    if len(plans) > 1:
+        fading.begin(_lost(plans[-1], plans[-2]))
+    fading.zero(progress.get(f"state-{noted['step']}/zeros") or {})
+    return noted["step"], plans
