@@ -93,7 +93,8 @@ class LoRAShear(Method):
             first, plans = _resumed(progress, fading, steps, [plan])
             if first:
                 fading.scale(left=self._left(first - 1))
-            for step in tqdm(range(first, self.steps), initial=first, total=self.steps, desc="lorashear", unit="step", delay=2):
+            bar = tqdm(range(first, self.steps), "lorashear", self.steps, initial=first, unit="step", leave=False, delay=2)
+            for step in bar:
                 period = self._begins(step)
                 if period:
                     scores = adapted_scores(twins, base, deltas(layers))
@@ -102,6 +103,7 @@ class LoRAShear(Method):
                     fading.begin(_lost(plans[-1], plans[-2]))
                     progress.put(f"scores-{period}", scores)
                 steps.step(step)
+                bar.set_postfix_str(f"loss {steps.losses[-1]:.3f}", refresh=False)
                 if self.half_space:
                     fading.zero(spent(fading, layers, learning_rate=self.learning_rate))
                 fading.scale(left=self._left(step), step=self._ratio(step))

@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from resect.statistics import wide
+
 ADAPTER = "default"
 
 
@@ -39,6 +41,9 @@ def adapted(model: nn.Module, paths: Sequence[str], asked: Adapter, *, seed: int
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sets what it finds missing
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # small steps would be lost in half precision
+            parameter.data = wide(parameter.data)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     model.eval()
     for layer in layers.values():

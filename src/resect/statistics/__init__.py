@@ -4,7 +4,7 @@ from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, Curvature, Moments, collect_curvature
 from resect.statistics.elements import CRITERIA, Criterion
-from resect.statistics.layers import Layer, layer_of, layers_of, readers
+from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.prefix import Pairs, Prefix
 
@@ -33,4 +33,5 @@ __all__ = [
     "prepared",
     "readers",
     "token_loss",
+    "wide",
 ]
