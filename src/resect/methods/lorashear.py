@@ -19,7 +19,7 @@ from resect.errors import UsageError
 from resect.graph import Graph, Group, retrace
 from resect.methods.method import Method, Units
 from resect.plan import Plan, keep_all, select
-from resect.recovery import Adapter, Steps, adapted, deltas, spent, trained
+from resect.recovery import AdapterSettings, Steps, adapted, deltas, spent, trained
 from resect.saliency import adapted_scores
 from resect.statistics import Data, layer_of
 from resect.surgery import Fading
@@ -29,7 +29,7 @@ class LoRAShear(Method):
     """Settings of the method; docs/methods.md says which are the paper's."""
 
     kinds: tuple[Literal["heads", "channels", "experts"], ...] = ("heads", "channels")
-    adapter: Adapter = Adapter()
+    adapter: AdapterSettings = AdapterSettings()
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
     periods: int = Field(default=5, ge=1)

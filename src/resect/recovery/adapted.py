@@ -18,7 +18,7 @@ from resect.statistics import wide
 ADAPTER = "default"
 
 
-class Adapter(BaseModel):
+class AdapterSettings(BaseModel):
     """Settings of the adapters. Source of the defaults: LLM-Pruner (arXiv 2305.11627), section 4.1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,7 +29,7 @@ class Adapter(BaseModel):
 
 
 @contextmanager
-def adapted(model: nn.Module, paths: Sequence[str], asked: Adapter, *, seed: int = 0) -> Iterator[dict[str, LoraLayer]]:
+def adapted(model: nn.Module, paths: Sequence[str], asked: AdapterSettings, *, seed: int = 0) -> Iterator[dict[str, LoraLayer]]:
     """A network whose layers at `paths` have adapters while the context lasts, by path; nothing else takes gradients.
 
     Afterwards they are added to the weights and taken off; after an exception they are taken off alone.
