@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from resect.recovery.adapted import factors
+from resect.recovery.adapting import factors
 from resect.surgery import Fading, Slice
 
 PENALTY = 1e-2
