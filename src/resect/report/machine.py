@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("resect", "torch", "transformers", "safetensors", "datasets")
+PACKAGES = ("resect", "torch", "transformers", "safetensors", "datasets", "lm-eval")
 """Whose version can change a result."""
 
 

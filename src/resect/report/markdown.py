@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from resect.report.figures import figures
+from resect.report.figures import before_and_after
 from resect.report.layers import bar, kinds_of, layer_rows, spans
 from resect.report.results import RunReport
-from resect.report.words import LOADS, PROTOCOL, asked, kept_shares, provenance, vocabulary_lines
+from resect.report.words import LOADS, asked, kept_shares, protocol, provenance, vocabulary_lines
 
 STATUS = {
     "planned": "A dry run: the plan was made, nothing was cut.",
@@ -45,7 +45,7 @@ def run_markdown(report: RunReport) -> str:
 
 def _headline(report: RunReport) -> str:
     after = "planned" if report.status == "planned" else "pruned"
-    rows = [[figure.name, *figure.texts(), figure.change()] for figure in figures(report.models)]
+    rows = [[figure.name, *figure.texts(), figure.change()] for figure in before_and_after(report)]
     return _table(["", "dense", after, "change"], rows)
 
 
@@ -54,7 +54,7 @@ def _perplexity_note(report: RunReport) -> str:
     if not found:
         return "Nothing was evaluated."
     digests = ", ".join(dict.fromkeys(f"{p.text} `{p.digest[:12]}`" for p in found))
-    return f"Perplexity: {PROTOCOL} Text tokens: {digests}."
+    return f"Perplexity: {protocol(report.models)} Text tokens: {digests}."
 
 
 def _loading(report: RunReport) -> list[str]:

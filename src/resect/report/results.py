@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from resect.evaluation import Latency, Perplexity, Spread
+from resect.evaluation import Agreement, Answers, Flips, Interval, Latency, Perplexity, Spread
 from resect.report.machine import machine, versions
 
 SCHEMA: Final = 1
@@ -35,6 +36,9 @@ class TextPerplexity(Record):
     """Tokens predicted."""
     windows: int
     dropped: int
+    bos: bool = False
+    """Whether a begin-of-text token stands before every window."""
+    bits_per_byte: float | None = None
     digest: str
     """sha256 of the text's tokens."""
 
@@ -49,7 +53,106 @@ class TextPerplexity(Record):
             tokens=found.tokens,
             windows=found.windows,
             dropped=found.dropped,
+            bos=found.bos,
+            bits_per_byte=found.bits_per_byte,
             digest=digest,
+        )
+
+
+class TaskAccuracy(Record):
+    """Answers to the items of one task."""
+
+    task: str
+    metric: str
+    """Which of the two accuracies is reported for the task: `acc` or `acc_norm`."""
+    accuracy: float
+    stderr: float
+    items: int
+    shots: int
+    acc: float
+    acc_norm: float | None = None
+
+    @classmethod
+    def of(cls, found: Answers) -> TaskAccuracy:
+        """The figures of an evaluation."""
+        return cls(
+            task=found.task,
+            metric=found.metric,
+            accuracy=found.accuracy,
+            stderr=found.stderr,
+            items=len(found.correct),
+            shots=found.shots,
+            acc=found.acc,
+            acc_norm=found.acc_norm,
+        )
+
+
+class TextAgreement(Record):
+    """Next-token distributions beside those of the reference."""
+
+    text: str
+    window: int
+    kl: float
+    """KL(reference || model), nats a token."""
+    same_top: float
+    tokens: int
+    bos: bool = False
+
+    @classmethod
+    def of(cls, found: Agreement, *, text: str) -> TextAgreement:
+        """The figures of an evaluation."""
+        return cls(text=text, window=found.window, kl=found.kl, same_top=found.same_top, tokens=found.tokens, bos=found.bos)
+
+
+class TaskFlips(Record):
+    """Answers that differ from those of the model beside, as shares of the items."""
+
+    task: str
+    changed: float
+    lost: float
+    """Right there, wrong here."""
+    gained: float
+
+    @classmethod
+    def of(cls, found: Flips) -> TaskFlips:
+        """The figures of an evaluation."""
+        return cls(task=found.task, changed=found.changed, lost=found.lost, gained=found.gained)
+
+
+class Difference(Record):
+    """A figure of a model beside the same of another, with its paired bootstrap interval."""
+
+    model: str
+    beside: str
+    figure: str
+    """As in the tables: `perplexity TEXT @WINDOW`, a task, `mean of 7 tasks`."""
+    kind: Literal["ratio", "points"]
+    """`ratio`: of perplexities, minus one; `points`: accuracies subtracted. Both as shares."""
+    value: float
+    low: float | None
+    high: float | None
+    level: float
+    resamples: int
+    seed: int
+
+    @classmethod
+    def of(cls, found: Interval, *, model: str, beside: str, figure: str, kind: Literal["ratio", "points"]) -> Difference:
+        """From an interval of accuracies, or of nats for a ratio of perplexities."""
+        value, low, high = (
+            math.expm1(end) if kind == "ratio" and end is not None else end for end in (found.value, found.low, found.high)
+        )
+        assert value is not None
+        return cls(
+            model=model,
+            beside=beside,
+            figure=figure,
+            kind=kind,
+            value=value,
+            low=low,
+            high=high,
+            level=found.level,
+            resamples=found.resamples,
+            seed=found.seed,
         )
 
 
@@ -104,6 +207,14 @@ class Measured(Record):
     file_bytes: int | None = None
     """Size of the weight files, where they are local."""
     perplexities: list[TextPerplexity] = []
+    tasks: list[TaskAccuracy] = []
+    task_mean: float | None = None
+    """The mean accuracy of several tasks."""
+    task_mean_stderr: float | None = None
+    agreements: list[TextAgreement] = []
+    """With the reference, where one was named."""
+    flips: list[TaskFlips] = []
+    """Beside the first model."""
     timings: Timings | None = None
     generations: list[str] = []
 
@@ -129,6 +240,7 @@ class RunReport(Record):
     models: list[Measured]
     """Dense, then pruned (as planned, in a dry run)."""
     prompts: list[str] = []
+    differences: list[Difference] = []
     groups: list[GroupSizes]
     withheld: dict[str, str] = {}
     """Kinds of units that were asked for and left whole, and why."""
@@ -193,6 +305,9 @@ class EvaluationReport(Record):
     schema_version: Literal[1] = SCHEMA
     kind: Literal["evaluation"] = "evaluation"
     models: list[Measured]
+    differences: list[Difference] = []
+    """From the reference, or else from the first model."""
+    reference: str | None = None
     limit: int | None = None
     """Tokens that each text was cut to."""
     prompts: list[str] = []

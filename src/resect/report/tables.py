@@ -9,16 +9,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from resect.report.figures import figures, metric
+from resect.report.figures import Figure, agreement_figures, before_and_after, figures, interval, metric
 from resect.report.inspection import Inspection
 from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
 from resect.report.picture import inspection_tree
-from resect.report.results import EvaluationReport, RunReport
-from resect.report.words import PROTOCOL, asked, provenance, vocabulary_lines
+from resect.report.results import EvaluationReport, Measured, RunReport
+from resect.report.words import asked, measuring, protocol, provenance, vocabulary_lines
 
 FROZEN_SHOWN = 12
 """Lines of frozen axes shown; the JSON form has all."""
 LAYERS_SHOWN = 48
+BY_MODEL = ("bits", "accuracy")
+"""Kinds of figures with a row of their own, where models are compared: they are many."""
 
 
 def run_tables(report: RunReport) -> Group:
@@ -27,7 +29,7 @@ def run_tables(report: RunReport) -> Group:
     table = _table()
     for column in ("", "dense", "planned" if planned else "pruned", "change"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
-    for figure in figures(report.models):
+    for figure in before_and_after(report):
         table.add_row(figure.name, *figure.texts(), figure.change())
     parts: list[RenderableType] = [
         Text(asked(report), style="bold"),
@@ -62,14 +64,20 @@ def comparison_table(report: EvaluationReport) -> Group:
     table = _table()
     table.add_column("model", overflow="fold")
     rows = figures(report.models)
-    for figure in rows:
+    columns = [figure for figure in rows if figure.kind not in BY_MODEL]
+    for figure in columns:
         heading = figure.heading or figure.name
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split("\n"))))
     for place, model in enumerate(report.models):
-        table.add_row(model.name, *(figure.texts()[place] for figure in rows))
+        table.add_row(model.name, *(figure.texts()[place] for figure in columns))
     parts: list[RenderableType] = [table]
     if any(model.perplexities for model in report.models):
-        parts.append(Text(f"text @window, tokens predicted: perplexity. {PROTOCOL}", style="dim"))
+        parts.append(Text(f"text @window, tokens predicted: perplexity. {protocol(report.models)}", style="dim"))
+    if len(columns) < len(rows):
+        parts.append(_by_model([figure for figure in rows if figure.kind in BY_MODEL], report.models))
+    if any(model.tasks for model in report.models):
+        parts.append(Text(measuring(report.models), style="dim"))
+    parts += _beside(report)
     for prompt_number, prompt in enumerate(report.prompts):
         written = _table()
         written.add_column("model")
@@ -78,6 +86,34 @@ def comparison_table(report: EvaluationReport) -> Group:
             written.add_row(model.name, Text(model.generations[prompt_number].strip()))
         parts += [Text(f"Prompt: {prompt}", style="bold"), written]
     return Group(*parts)
+
+
+def _by_model(rows: Sequence[Figure], models: Sequence[Measured]) -> Table:
+    """A row per figure, a column per model."""
+    table = _table()
+    table.add_column("")
+    for model in models:
+        table.add_column(model.name, justify="right", overflow="fold")
+    for figure in rows:
+        table.add_row(figure.name, *figure.texts())
+    return table
+
+
+def _beside(report: EvaluationReport) -> list[RenderableType]:
+    """What changed from the first model to every other."""
+    first, *others = report.models
+    parts: list[RenderableType] = []
+    if report.differences:
+        found = {(one.figure, one.model): interval(one) for one in report.differences}
+        table = _table()
+        table.add_column(f"beside {first.name}")
+        for model in others:
+            table.add_column(model.name, justify="right", overflow="fold")
+        for name in dict.fromkeys(one.figure for one in report.differences):
+            table.add_row(name, *(found.get((name, model.name), "-") for model in others))
+        parts += [table, Text(f"In brackets {report.differences[0].level:.0%} of a paired bootstrap.", style="dim")]
+    closeness = agreement_figures(others)
+    return [*parts, _by_model(closeness, others)] if closeness else parts
 
 
 def inspection_tables(found: Inspection) -> Group:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resect.report.results import RunReport
+from resect.report.results import Measured, RunReport
 
 OF = {"blocks": "block parameters", "model": "parameters", "macs": "multiply-accumulates"}
-PROTOCOL = "Windows do not overlap, no token is added, the first of each is not predicted."
+WITHOUT_BOS = "Windows do not overlap, no token is added, the first of each is not predicted."
+WITH_BOS = "Windows do not overlap, begin-of-text stands before each, all of its tokens are predicted."
 LOADS = {
     "uniform": "stock transformers: `AutoModelForCausalLM.from_pretrained(directory)`",
     "per-layer": "`resect.load(directory)`, or transformers with `trust_remote_code=True` (the code lies beside the weights)",
@@ -71,8 +72,21 @@ def provenance(report: RunReport) -> str:
         text = f"No calibration text: {_decides(report.recipe['settings'])} looks at weights only; {seed}."
     else:
         text = f"Calibration: {calibration_text(report.calibration)}; {seed}."
-    measured = any(model.perplexities for model in report.models)
-    return f"{text} Perplexity: {PROTOCOL[0].lower()}{PROTOCOL[1:]}" if measured else text
+    if any(model.perplexities for model in report.models):
+        said = protocol(report.models)
+        text = f"{text} Perplexity: {said[0].lower()}{said[1:]}"
+    return f"{text} {measuring(report.models)}" if any(model.tasks for model in report.models) else text
+
+
+def protocol(models: Sequence[Measured]) -> str:
+    """How windows are made."""
+    return WITH_BOS if any(p.bos for model in models for p in model.perplexities) else WITHOUT_BOS
+
+
+def measuring(models: Sequence[Measured]) -> str:
+    """How tasks were answered."""
+    shots = next(one.shots for model in models for one in model.tasks)
+    return f"Accuracy in per cent ± standard error, {shots or 'no'} solved example{'' if shots == 1 else 's'} before each item."
 
 
 def calibration_text(calibration: dict[str, Any]) -> str:
