@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from resect.graph import Graph, trace
     from resect.methods import Result, Vocabulary, prune, vocabulary_plan
     from resect.plan import Plan
+    from resect.recovery import Recovered, Recovery, recover
     from resect.surgery import cut, mask, masked
 
 __all__ = [
     "Graph",
     "Plan",
+    "Recovered",
+    "Recovery",
     "Result",
     "Vocabulary",
     "calibrate",
@@ -27,6 +30,7 @@ __all__ = [
     "masked",
     "needed_tokens",
     "prune",
+    "recover",
     "save",
     "skeleton",
     "trace",
@@ -39,6 +43,7 @@ _ROOMS = {
     **dict.fromkeys(("Graph", "trace"), "graph"),
     **dict.fromkeys(("Result", "Vocabulary", "prune", "vocabulary_plan"), "methods"),
     "Plan": "plan",
+    **dict.fromkeys(("Recovered", "Recovery", "recover"), "recovery"),
     **dict.fromkeys(("cut", "mask", "masked"), "surgery"),
 }
 

@@ -8,10 +8,11 @@ The only room beside `statistics` that ever calls a model, and only for the sour
 from __future__ import annotations
 
 from resect.calibration.batches import Calibration, calibrate
+from resect.calibration.corpora import Rows
 from resect.calibration.heldout import HeldOut, evaluation_text, evaluation_tokens, held_out, token_sizes, wikitext_rows
 from resect.calibration.hub import HUB, HubSet
 from resect.calibration.passages import package_root
-from resect.calibration.sources import read_texts
+from resect.calibration.sources import read_rows, read_texts
 from resect.calibration.windows import digest
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "Calibration",
     "HeldOut",
     "HubSet",
+    "Rows",
     "calibrate",
     "digest",
     "evaluation_text",
     "evaluation_tokens",
     "held_out",
     "package_root",
+    "read_rows",
     "read_texts",
     "token_sizes",
     "wikitext_rows",

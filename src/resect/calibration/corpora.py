@@ -36,6 +36,15 @@ class Corpus:
         return "\n\n".join(self.rows)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows with all their columns; a source of plain text gives its documents in the column ``text``."""
+
+    rows: list[dict[str, Any]]
+    detail: dict[str, Any] = field(default_factory=dict)
+    """Where the rows come from, plain JSON."""
+
+
 def is_wikitext(rows: Iterable[str]) -> bool:
     """Whether the first line that is not blank is a WikiText article heading."""
     first = next((line[0] for line in map(_FIRST_LINE.search, rows) if line), "")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from resect.calibration.corpora import Corpus, is_wikitext, wikitext_lines
+from resect.calibration.corpora import Corpus, Rows, is_wikitext, wikitext_lines
 from resect.errors import DataError
 
 ROW_SUFFIXES = (".jsonl", ".json")
@@ -44,6 +44,18 @@ def read_file(source: str) -> Corpus:
     if not any(row.strip() for row in rows):
         raise DataError(f"{path} was given as a source of text, but holds none ({len(data)} bytes). Give another file.")
     return Corpus(rows, detail)
+
+
+def read_file_rows(source: str) -> Rows | None:
+    """The objects of a JSON or JSONL file with all their columns; None for other files, and where a column is named."""
+    path = Path(source).expanduser()
+    if path.suffix not in ROW_SUFFIXES:
+        return None
+    data = _bytes(path)
+    rows = [_row(row, f"{path}, {place}") for place, row in _objects(_decode(data, path), path)]
+    if not rows:
+        raise DataError(f"{path} was given as a source, but holds no rows ({len(data)} bytes). Give another file.")
+    return Rows(rows, {"kind": "file", "file": str(path), "sha256": hashlib.sha256(data).hexdigest()})
 
 
 def split_column(source: str) -> tuple[Path, str]:
@@ -103,6 +115,12 @@ def _parse(text: str, where: str) -> Any:
             f"{where} is not JSON: {error.msg} at character {error.pos}. "
             "A .jsonl file holds one object a line, a .json file that or one list of objects."
         ) from error
+
+
+def _row(row: object, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} holds a {type(row).__name__}, an object with columns was expected.")
+    return row
 
 
 def _cell(row: object, column: str, *, where: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from resect.calibration.corpora import Corpus
+from resect.calibration.corpora import Corpus, Rows
 from resect.errors import DataError, UsageError, nearest
+
+Taken = TypeVar("Taken")
 
 STREAMED_ROWS = 10_000
 """Rows read from the front of a data set that nobody described here: some megabytes of ordinary documents."""
@@ -70,6 +72,10 @@ HUB: dict[str, HubSet] = {
 }
 
 
+INSTRUCTIONS: dict[str, str] = {"alpaca": "yahma/alpaca-cleaned"}
+"""Short names of instruction sets: read as rows with all their columns."""
+
+
 def names_data_set(source: str) -> bool:
     """Whether a source reads as a hub data set: a short name, or ``name:…``."""
     return source in HUB or ":" in source
@@ -86,11 +92,21 @@ def read_hub(source: str, split: str) -> Corpus:
         known = ", ".join(chosen.splits)
         raise UsageError(f"{source!r} was asked for split {split!r}; it has {known}. Name another data set or file.")
     name = chosen.splits[split]
-    rows = _read(chosen, name)
+    where = ":".join([chosen.path, chosen.config or "", name, chosen.column])
+    rows = _read(chosen, name, where, lambda found: _column(found, chosen.column, where))
     if not any(row.strip() for row in rows):
         raise DataError(f"data set {source!r} holds no text in column {chosen.column!r} of {name!r}. Name another.")
     detail = {"kind": "hub", **asdict(chosen), "split": name, "rows": len(rows)}
     return Corpus(rows, {key: value for key, value in detail.items() if key not in {"splits", "converted", "about"}})
+
+
+def read_hub_rows(source: str, split: str) -> Rows:
+    """The rows of a hub data set with all their columns: ``alpaca``, or ``name:config:split`` without a column."""
+    name = INSTRUCTIONS.get(source)
+    chosen = replace(_described(name or source, split), rows=None if name else STREAMED_ROWS, column="")
+    where = ":".join([chosen.path, chosen.config or "", chosen.splits[split]])
+    rows = _read(chosen, chosen.splits[split], where, lambda found: (dict(row) for row in found))
+    return Rows(rows, {"kind": "hub", "path": chosen.path, "config": chosen.config, "split": chosen.splits[split]})
 
 
 def _described(source: str, split: str) -> HubSet:
@@ -104,14 +120,16 @@ def _described(source: str, split: str) -> HubSet:
     return HubSet(name, config or None, column or "text", {split: own_split or split}, STREAMED_ROWS)
 
 
-def _read(chosen: HubSet, split: str) -> list[str]:
+def _read(
+    chosen: HubSet, split: str, where: str, take: Callable[[Iterable[Mapping[str, object]]], Iterable[Taken]]
+) -> list[Taken]:
+    """What `take` makes of the rows."""
     import datasets  # seconds to import, and needed here only
 
-    where = ":".join([chosen.path, chosen.config or "", split, chosen.column])
     try:
         data = datasets.load_dataset(**_request(chosen, split), streaming=chosen.rows is not None)
         rows = tqdm(itertools.islice(data, chosen.rows), f"reading {where}", total=chosen.rows, unit="row", delay=1)
-        return list(_column(rows, chosen.column, where))
+        return list(take(rows))
     except (DataError, KeyboardInterrupt):
         raise
     except ConnectionError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from resect.calibration.corpora import Corpus
-from resect.calibration.files import names_file, nearest_file, read_file
-from resect.calibration.hub import HUB, names_data_set, read_hub
+from resect.calibration.corpora import Corpus, Rows
+from resect.calibration.files import names_file, nearest_file, read_file, read_file_rows
+from resect.calibration.hub import HUB, INSTRUCTIONS, names_data_set, read_hub, read_hub_rows
 from resect.calibration.passages import read_passages
 from resect.errors import DataError, UsageError, nearest
 
@@ -22,6 +22,21 @@ def read_texts(source: str, *, split: str = "train") -> list[str]:
     Errors: `DataError` for what is missing or unreadable, `UsageError` for ``self``, which has no stored text.
     """
     return read_corpus(source, split=split).documents()
+
+
+def read_rows(source: str, *, split: str = "train") -> Rows:
+    """The rows of a source with all their columns: JSON and JSONL files, hub data sets named without a column.
+
+    Every other source of text gives its documents in the column ``text``.
+    Errors: `DataError` for what is missing or unreadable, `UsageError` for ``self``, which has no stored text.
+    """
+    if source in INSTRUCTIONS or (source not in HUB and not names_file(source) and 0 < source.count(":") < 3):
+        return read_hub_rows(source, split)
+    rows = read_file_rows(source) if source not in HUB and names_file(source) else None
+    if rows is not None:
+        return rows
+    corpus = read_corpus(source, split=split)
+    return Rows([{"text": text} for text in corpus.documents()], corpus.detail)
 
 
 def read_corpus(source: str, *, split: str) -> Corpus:

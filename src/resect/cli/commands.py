@@ -141,6 +141,66 @@ def run(
 
 
 @app.command()
+def recover(
+    model: Annotated[
+        str | None, typer.Argument(metavar="DIR", help="A pruned model's directory; a hub id, a .gguf file or demo will do.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="DIR2", help="Where the recovered model goes.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Repeatable: JSON or JSONL with instruction and output (Alpaca), messages or text; a text file; "
+            "alpaca, wikitext2, c4, NAME:CONFIG:SPLIT, demo.",
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Train on about so many tokens.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Or so many times on everything. Default: 1.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="Learn from this model's logits too.")] = None,
+    mixture: Annotated[
+        str | None,
+        typer.Option(help="uniform, or dynamic: more of where the model lags behind the teacher. Default: uniform."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, not low-rank terms.")] = False,
+    recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any value, like settings.rank=16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For what is held out and for the order. Default: 42.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a recovery that was cut short.")] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Train what is left of a pruned model, and write it merged into DIR2, with the low-rank terms and a report."""
+    flags = {
+        "model": model,
+        "output": output,
+        "data": data or None,
+        "teacher": teacher,
+        "settings.tokens": tokens,
+        "settings.epochs": epochs,
+        "settings.full": full or None,
+        "settings.mixture.kind": mixture,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    with answering(as_json=json) as answer:
+        answer.announce("read the recipe")
+        from resect.recipe import read_recovery_recipe, run_recovery
+        from resect.report import recovery_tables
+
+        asked = read_recovery_recipe(recipe, nested(given(flags)), assignments=set_ or ())
+        result = run_recovery(asked, overwrite=overwrite, resume=resume, announce=answer.announce)
+        if not result.main:
+            raise typer.Exit
+        answer.announce(f"done: {result.directory}")
+        answer.give(result.report.to_json(), recovery_tables(result.report))
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Hub ids, directories, .gguf files, demo.")],
     text: Annotated[

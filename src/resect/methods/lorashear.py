@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,10 +19,13 @@ from resect.errors import UsageError
 from resect.graph import Graph, Group, retrace
 from resect.methods.method import Method, Units
 from resect.plan import Plan, keep_all, select
-from resect.recovery import AdapterSettings, Steps, adapted, deltas, spent, trained
+from resect.recovery import AdapterSettings
 from resect.saliency import adapted_scores
 from resect.statistics import Data, layer_of
 from resect.surgery import Fading
+
+if TYPE_CHECKING:
+    from resect.recovery import Steps
 
 
 class LoRAShear(Method):
@@ -79,6 +82,8 @@ class LoRAShear(Method):
 
         What the plan removes is zero afterwards.
         """
+        from resect.recovery import Steps, adapted, deltas, spent, trained  # PEFT comes with it, and takes seconds
+
         groups = list(graph.of_kind(*self.kinds))
         options: dict[str, Any] = {"of": of, "layout": layout, "align": align}
         options |= {"selection": self.selection, "kinds": self.kinds, "floor": self.floor, "spread": self.spread}

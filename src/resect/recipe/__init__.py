@@ -2,6 +2,7 @@
 
 from resect.recipe.measure import evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
+from resect.recipe.recovery import RecoveryRecipe, RecoveryResult, read_recovery_recipe, run_recovery
 from resect.recipe.runs import RunResult, run
 from resect.recipe.schema import CalibrationSection, EvaluationSection, Recipe, Timing, VocabularySection
 
@@ -9,11 +10,15 @@ __all__ = [
     "CalibrationSection",
     "EvaluationSection",
     "Recipe",
+    "RecoveryRecipe",
+    "RecoveryResult",
     "RunResult",
     "Timing",
     "VocabularySection",
     "evaluate",
     "evaluation_section",
     "read_recipe",
+    "read_recovery_recipe",
     "run",
+    "run_recovery",
 ]

@@ -10,22 +10,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from resect.recovery.settings import AdapterSettings
 from resect.statistics import wide
 
 ADAPTER = "default"
-
-
-class AdapterSettings(BaseModel):
-    """Settings of the adapters. Source of the defaults: LLM-Pruner (arXiv 2305.11627), section 4.1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from resect.report.inspection import Inspection, inspection
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
 from resect.report.picture import inspection_dot, inspection_tree
+from resect.report.recovery import RecoveryReport, recovery_markdown, recovery_report, recovery_tables
 from resect.report.results import (
     Difference,
     EvaluationReport,
@@ -25,6 +26,7 @@ __all__ = [
     "EvaluationReport",
     "Inspection",
     "Measured",
+    "RecoveryReport",
     "Respelled",
     "RunReport",
     "TaskAccuracy",
@@ -40,6 +42,9 @@ __all__ = [
     "machine",
     "mean_of",
     "peak_memory",
+    "recovery_markdown",
+    "recovery_report",
+    "recovery_tables",
     "run_markdown",
     "run_report",
     "run_tables",

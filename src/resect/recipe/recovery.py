@@ -1,0 +1,209 @@
+"""A recovery carried out: from a directory with a model to a directory with the recovered one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError
+from transformers import PreTrainedModel
+
+from resect.checkpoint import check_directory, load, load_tokenizer, save, verify
+from resect.checkpoint.load import find
+from resect.checkpoint.silence import quiet
+from resect.errors import CheckpointError, UsageError
+from resect.explain import explain
+from resect.plan import Pattern
+from resect.recipe.measure import Announce, Stages, device_of, dtype_of
+from resect.recipe.reading import assigned, overlaid, read_values
+from resect.recipe.runs import _facts, _fill, _noting, _placed, _resumable
+from resect.recipe.schema import Section, _several
+from resect.recovery import Recovery
+from resect.report import RecoveryReport, peak_memory, recovery_markdown, recovery_report
+
+if TYPE_CHECKING:
+    from resect.recovery import Recovered
+
+HEADER = "# Everything that this recovery was asked for, with its defaults. Again: resect recover --recipe recipe.yaml -o DIR\n"
+KEPT = ("plan.json", "pattern.json")
+"""Files of a pruned model that say what was pruned; they hold for the recovered one too."""
+
+
+class RecoveryRecipe(Section):
+    """A complete description of a recovery; `to_yaml` writes out every default."""
+
+    model: str = Field(min_length=1)
+    """A directory that resect wrote, or any model by name."""
+    output: str | None = None
+    data: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+    """Files, hub data sets or `demo`."""
+    teacher: str | None = None
+    """The dense model, by name."""
+    settings: Recovery = Recovery()
+    seed: int = Field(default=42, ge=0)
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return text
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """A finished recovery."""
+
+    directory: Path
+    report: RecoveryReport
+    model: PreTrainedModel
+    main: bool
+    """Whether this process wrote the directory; of several, one does."""
+
+
+def read_recovery_recipe(
+    path: str | Path | None = None, values: Mapping[str, Any] | None = None, *, assignments: Iterable[str] = ()
+) -> RecoveryRecipe:
+    """The recipe in a YAML file, under `values`, under assignments like `settings.rank=16`; else a `UsageError`."""
+    found = overlaid(read_values(path) if path is not None else {}, values or {})
+    for assignment in assignments:
+        found = overlaid(found, assigned(assignment))
+    try:
+        return RecoveryRecipe.model_validate(found)
+    except ValidationError as problem:
+        raise UsageError(explain(problem, RecoveryRecipe)) from problem
+
+
+def run_recovery(
+    recipe: RecoveryRecipe, *, overwrite: bool = False, resume: bool = False, announce: Announce | None = None
+) -> RecoveryResult:
+    """Loads, trains, merges, saves, verifies in a fresh process, and reports.
+
+    The directory holds the model, `adapter/`, plan.json and pattern.json where there were any, recipe.yaml, report.json and
+    report.md, and appears whole. States are noted beside it until then; `resume` goes on from there. Under torchrun or
+    accelerate launch all processes train, and the first writes. Raises the errors of the rooms.
+    """
+    if not recipe.output:
+        raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
+    main = int(os.environ.get("RANK", "0")) == 0
+    directory = check_directory(recipe.output, overwrite=overwrite) if main else Path(recipe.output).expanduser().resolve()
+    progress = directory.with_name(f"{directory.name}.progress")
+    if main and resume and not progress.exists():
+        raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
+    if main and progress.exists() and not (resume or overwrite):
+        raise UsageError(
+            f"{progress} holds what an earlier recovery has done. Go on with it (--resume), or begin anew (--overwrite)."
+        )
+    if "tensorboard" in recipe.settings.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory.with_name(f"{directory.name}.logs")))
+    stages = Stages(announce if main else None)
+    with _resumable(progress), _noting(f"Nothing was written to {directory}."):
+        found, pattern = _recovered(recipe, progress, resume=resume, stages=stages)
+        report = recovery_report(recipe.model_dump(mode="json"), found.facts)
+        report.zeros_kept = _check_zeros(found.model, pattern)
+        if main:
+            _save(recipe, found, report, pattern=pattern, directory=directory, overwrite=overwrite, stages=stages)
+            shutil.rmtree(progress, ignore_errors=True)
+    return RecoveryResult(directory, report, found.model, main)
+
+
+def _recovered(
+    recipe: RecoveryRecipe, progress: Path, *, resume: bool, stages: Stages
+) -> tuple[Recovered, Pattern | None]:
+    from resect.recovery import recover  # brings PEFT and the Trainer, which other commands need not wait for
+
+    device = device_of(_own_device(recipe.device))
+    options: dict[str, Any] = {
+        "dtype": dtype_of(recipe.dtype), "device": device, "trust_remote_code": recipe.trust_remote_code
+    }
+    with stages("load", f"load {recipe.model}"):
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        model = load(recipe.model, **options)
+        pattern = _pattern(recipe.model)
+    teacher = None
+    if recipe.teacher is not None:
+        with stages("load teacher", f"load the teacher {recipe.teacher}"):
+            teacher = load(recipe.teacher, **options)
+    with stages("train", f"train on {', '.join(recipe.data)}"), quiet():
+        found = recover(
+            model,
+            tokenizer,
+            data=recipe.data,
+            settings=recipe.settings,
+            teacher=teacher,
+            keep_zeros=[path for path, matrix in pattern.layers.items() if matrix.zeros] if pattern else (),
+            seed=recipe.seed,
+            progress=progress,
+            resume=resume,
+            say=stages.announce,
+        )
+    return found, pattern
+
+
+def _own_device(device: str) -> str:
+    """`cuda` as the one that belongs to this process, where several run."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def _pattern(model: str) -> Pattern | None:
+    """The pattern that lies beside a model, if one does."""
+    file = Path(find(model).place) / "pattern.json"
+    return Pattern.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+@torch.no_grad()
+def _check_zeros(model: PreTrainedModel, pattern: Pattern | None) -> int:
+    """How many zeros of the pattern there are; `CheckpointError` where the model has fewer."""
+    total = 0
+    for path, matrix in pattern.layers.items() if pattern else ():
+        if matrix.zeros:
+            weight: Any = model.get_submodule(path).weight
+            found = int((weight == 0).sum())
+            if found < matrix.zeros:
+                raise CheckpointError(f"{path} has {found} zeros, its pattern {matrix.zeros}. Please report how this was made.")
+            total += matrix.zeros
+    return total
+
+
+def _save(
+    recipe: RecoveryRecipe,
+    found: Recovered,
+    report: RecoveryReport,
+    *,
+    pattern: Pattern | None,
+    directory: Path,
+    overwrite: bool,
+    stages: Stages,
+) -> None:
+    """Writes the whole directory, which gets its name only when a fresh process gave the model's logits."""
+    place = Path(find(recipe.model).place)
+    extra = {name: (place / name).read_text(encoding="utf-8") for name in KEPT if (place / name).is_file()}
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    with _placed(directory, overwrite) as partial:
+        with stages("save", f"save to {directory}"):
+            saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra)
+            if found.adapter is not None:
+                found.adapter.save(partial / "adapter", base=recipe.model)
+                report.adapter = _adapter_note(recipe.model, pattern, saved.layout)
+        with stages("verify", "verify in a fresh process"):
+            report.reload_difference = verify(partial, found.model)
+        report.saved = _facts(saved, directory)
+        report.seconds, report.peak_memory_bytes = dict(stages.seconds), peak_memory()
+        texts = {"report.json": report.to_json(), "report.md": recovery_markdown(report)}
+        _fill(partial, texts | {"recipe.yaml": HEADER + recipe.to_yaml()})
+
+
+def _adapter_note(model: str, pattern: Pattern | None, layout: str) -> str:
+    if pattern is not None:
+        return "adapter/, for the record: loaded by PEFT alone they would fill zeros of the pattern"
+    loads = "AutoModelForCausalLM.from_pretrained" if layout == "uniform" else "resect.load"
+    return f"adapter/, for PeftModel.from_pretrained({loads}({json.dumps(model)}), adapter)"

@@ -1,0 +1,57 @@
+"""Loss on text that nothing is learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resect.errors import NumericsError
+from resect.recovery.examples import IGNORED, Example, collate
+from resect.recovery.facts import Nats
+
+
+@torch.no_grad()
+def held_out_nats(model: nn.Module, held_out: Mapping[str, Sequence[Example]], *, batch: int, padding: int = 0) -> Nats:
+    """Mean cross-entropy of each source's predicted tokens; sums are float64. The model keeps its mode."""
+    training = model.training
+    model.eval()
+    try:
+        return {source: _mean(model, examples, batch, padding, source) for source, examples in held_out.items()}
+    finally:
+        model.train(training)
+
+
+def overall(nats: Nats, held_out: Mapping[str, Sequence[Example]]) -> float:
+    """The mean over all predicted tokens of all sources."""
+    counts = {source: sum(_predicted(example) for example in examples) for source, examples in held_out.items()}
+    return sum(nats[source] * count for source, count in counts.items()) / sum(counts.values())
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row [N, V] of logits with its label [N]: [N] float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _mean(model: nn.Module, examples: Sequence[Example], batch: int, padding: int, source: str) -> float:
+    device = next(model.parameters()).device
+    total = 0.0
+    for start in range(0, len(examples), batch):
+        given = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch], padding=padding).items()}
+        logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False).logits
+        labels = given["labels"][:, 1:]
+        chosen = labels != IGNORED
+        total += float(token_losses(logits[:, :-1][chosen], labels[chosen]).double().sum())
+    mean = total / sum(map(_predicted, examples))
+    if not mean < float("inf"):
+        raise NumericsError(
+            f"The held-out loss on {source!r} is {mean}. Look for weights out of range, lower settings.learning_rate, or use a "
+            "wider dtype (float32, bfloat16)."
+        )
+    return mean
+
+
+def _predicted(example: Example) -> int:
+    return int((example.labels != IGNORED).sum())

@@ -1,0 +1,351 @@
+"""One training through transformers' Trainer: examples in a given order, the best state by held-out loss, resumed exactly."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from resect.errors import NumericsError, UsageError
+from resect.recovery.examples import IGNORED, Example, collate
+from resect.recovery.facts import Trained
+from resect.recovery.heldout import held_out_nats, overall, token_losses
+from resect.recovery.settings import Recovery
+from resect.recovery.teacher import divergence, state_difference
+
+Say = Callable[[str], None]
+WEIGHTS = "trained.safetensors"
+DONE = "done.json"
+POINTS = 200
+"""Losses noted of a training, about."""
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trainings of one recovery share."""
+
+    model: nn.Module
+    """With only what is trained requiring gradients."""
+    held_out: Mapping[str, Sequence[Example]]
+    settings: Recovery
+    folder: Path
+    """Where states are noted; a training that finds itself done there only reads its result."""
+    teacher: PreTrainedModel | None = None
+    padding: int = 0
+    seed: int = 42
+    cpu: bool = True
+    say: Say | None = None
+
+    def __call__(self, name: str, examples: Sequence[Example], *, evaluations: int | None = None) -> Trained:
+        """Trains on the examples once, in their order, from where an earlier process got to; the model has the best state then.
+
+        Their number is a multiple of the batch. Raises `NumericsError` when the loss or a gradient is not finite.
+        """
+        folder = self.folder / name
+        done = folder / DONE
+        if done.exists():
+            read_trained(self.model, folder / WEIGHTS)
+            return Trained.model_validate_json(done.read_text(encoding="utf-8"))
+        start = time.perf_counter()
+        steps = len(examples) // self.settings.batch
+        watch = Watch(name, examples, self.settings.batch, self.say)
+        arguments = self._arguments(folder, steps, evaluations or self.settings.evaluations)
+        verbosity = logging.get_verbosity()
+        trainer = _Trainer(self, examples, arguments, watch)
+        try:
+            trainer.train(resume_from_checkpoint=last_state(folder))
+        finally:
+            watch.close()
+            logging.set_verbosity(verbosity)
+            vars(self.model).pop("_original_forward", None)  # what accelerate puts around a model that computes in bfloat16
+            vars(self.model).pop("forward", None)
+        found = self._result(name, examples, trainer, time.perf_counter() - start)
+        if trainer.is_world_process_zero():
+            write_trained(self.model, folder / WEIGHTS)
+            _write(done, found.model_dump_json())
+        return found
+
+    def _result(self, name: str, examples: Sequence[Example], trainer: Trainer, seconds: float) -> Trained:
+        history = trainer.state.log_history
+        best = trainer.state.best_global_step
+        assert best is not None
+        nats = next(entry for entry in history if "eval_loss" in entry and entry["step"] == best)
+        return Trained(
+            name=name,
+            steps=trainer.state.max_steps,
+            examples=len(examples),
+            tokens=sum(len(example.tokens) for example in examples),
+            seconds=round(seconds, 3),
+            losses=[(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry],
+            held_out=[(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+            best_step=best,
+            nats={source: nats[f"eval_{source}"] for source in self.held_out},
+        )
+
+    def _arguments(self, folder: Path, steps: int, evaluations: int) -> TrainingArguments:
+        asked, every = self.settings, math.ceil(steps / evaluations)
+        micro = micro_batch(asked)
+        try:
+            arguments = TrainingArguments(
+                output_dir=str(folder),
+                num_train_epochs=1,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=asked.batch // (micro * processes()),
+                average_tokens_across_devices=True,
+                train_sampling_strategy="sequential",
+                learning_rate=asked.rate,
+                lr_scheduler_type=SCHEDULES[asked.schedule],
+                warmup_steps=min(asked.warmup, steps // 10),
+                weight_decay=asked.weight_decay,
+                max_grad_norm=asked.clip,
+                bf16=asked.bf16,
+                **_checkpointing(asked),
+                logging_steps=max(1, steps // POINTS),
+                logging_nan_inf_filter=False,
+                eval_strategy="steps",
+                eval_steps=every,
+                save_strategy="steps",
+                save_steps=every,
+                save_total_limit=2,  # at 1 the first process deletes a state that others may still be writing to
+                ddp_find_unused_parameters=False,
+                load_best_model_at_end=True,
+                metric_for_best_model="loss",
+                greater_is_better=False,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                dataloader_pin_memory=not self.cpu,
+                disable_tqdm=True,
+                report_to=list(asked.report_to),
+                log_level="error",
+                seed=self.seed,
+                use_cpu=self.cpu,
+            )
+        except (ValueError, ImportError) as problem:
+            raise UsageError(f"These settings cannot be trained with here: {problem}") from problem
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # one process uses one device; torchrun starts more of them
+        return arguments
+
+
+class _Trainer(Trainer):
+    """The Trainer with our loss, our held-out loss, and states that hold exactly what is trained."""
+
+    def __init__(self, asked: Training, examples: Sequence[Example], arguments: TrainingArguments, watch: Watch) -> None:
+        self.asked = asked
+        try:
+            super().__init__(
+                model=asked.model,
+                args=arguments,
+                train_dataset=list(examples),
+                eval_dataset=list(itertools.chain(*asked.held_out.values())),
+                data_collator=partial(collate, padding=asked.padding),
+                callbacks=[watch],
+            )
+        except RuntimeError as problem:
+            if "requires" in str(problem):  # a tracker that is not installed
+                raise UsageError(f"settings.report_to = {list(asked.settings.report_to)}: {problem}") from problem
+            raise
+        self.callback_handler.callbacks = [one for one in self.callback_handler.callbacks if "Printer" not in type(one).__name__]
+        self.model_accepts_loss_kwargs = True  # our loss wants the number of predicted tokens of the whole batch
+        self.loss_is_scaled_for_ga = True
+        if asked.teacher is not None:
+            nn.Module.to(asked.teacher, self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The sum over predicted tokens, over the number of them in the batch of all processes."""
+        wanted = inputs["labels"][:, 1:]
+        chosen = wanted != IGNORED
+        count = chosen.sum() if num_items_in_batch is None else num_items_in_batch
+        total: Tensor = self._losses(model, inputs, chosen, wanted[chosen]).sum()
+        if not total.isfinite():
+            raise self._not_finite("loss", float(total.detach()))
+        share: Tensor = total / count * self.accelerator.num_processes
+        return share
+
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of each predicted token, the teacher's terms with it."""
+        asked, teacher = self.asked.settings.distillation, self.asked.teacher
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        hidden = teacher is not None and asked.hidden > 0
+        found = model(**given, use_cache=False, output_hidden_states=hidden)
+        logits = found.logits[:, :-1][chosen]
+        losses = token_losses(logits, wanted)
+        if teacher is None:
+            return losses
+        with torch.no_grad():
+            theirs = teacher(**given, use_cache=False, output_hidden_states=hidden)
+        kl = divergence(logits, theirs.logits[:, :-1][chosen], temperature=asked.temperature)
+        losses = (1 - asked.weight) * losses + asked.weight * kl
+        if hidden:
+            states = (one.hidden_states[-1][:, :-1][chosen] for one in (found, theirs))
+            losses = losses + asked.hidden * state_difference(*states)
+        return losses
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, each source by itself too; every process measures the same."""
+        asked = self.asked
+        nats = held_out_nats(asked.model, asked.held_out, batch=asked.settings.micro_batch, padding=asked.padding)
+        metrics = {"eval_loss": overall(nats, asked.held_out)} | {f"eval_{source}": value for source, value in nats.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if not math.isfinite(float(norm)):  # before the step, so that no weight has it yet
+            raise self._not_finite("gradient", float(norm))
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> NumericsError:
+        state = last_state(Path(str(self.args.output_dir)))
+        kept = f"The last good state is {state}." if state else "No state was noted yet."
+        return NumericsError(
+            f"The {what} is {value} in step {self.state.global_step + 1} of {self.state.max_steps}. {kept} Lower "
+            f"settings.learning_rate ({self.asked.settings.rate:g}) or settings.clip ({self.asked.settings.clip:g}), or compute "
+            "in a wider type (float32; bfloat16 instead of float16). With --resume a lower learning rate goes on from the "
+            "last good state."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        write_trained(self.asked.model, Path(str(output_dir)) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_trained(self.asked.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        read_trained(self.asked.model, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As they were, but with the learning rate that is asked for now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        rate: float = self.args.learning_rate
+        scheduler: Any = self.lr_scheduler
+        optimizer: Any = self.optimizer
+        if checkpoint is not None and scheduler.base_lrs[0] != rate:
+            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+            for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+
+
+class Watch(TrainerCallback):
+    """A progress bar with loss and tokens per second, or a line at every evaluation where there is no terminal."""
+
+    def __init__(self, name: str, examples: Sequence[Example], batch: int, say: Say | None) -> None:
+        sizes = [len(example.tokens) for example in examples]
+        self.tokens = list(itertools.accumulate((sum(sizes[i : i + batch]) for i in range(0, len(sizes), batch)), initial=0))
+        self.name, self.say = name, say
+        self.facts: dict[str, str] = {}
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.first, self.started = state.global_step, time.perf_counter()
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=self.first, desc=self.name, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts, and has the last step measured and noted whatever its number."""
+        seen = self.tokens[state.global_step] - self.tokens[self.first]
+        self.facts["tokens/s"] = f"{seen / (time.perf_counter() - self.started):,.0f}"
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix(self.facts)
+        if state.global_step == state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Shows the loss."""
+        if logs and "loss" in logs:
+            self.facts["loss"] = f"{logs['loss']:.3f}"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Shows the held-out loss."""
+        self.facts["held-out"] = f"{metrics['eval_loss']:.3f}"
+        if self.say and self.bar is None and state.is_world_process_zero:
+            facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+            self.say(f"{self.name}, step {state.global_step} of {state.max_steps}: {facts}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def processes() -> int:
+    """How many processes train together (torchrun, accelerate launch)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def micro_batch(asked: Recovery) -> int:
+    """The most examples at a time, not above those asked for, that divide the batch evenly among the processes."""
+    share, rest = divmod(asked.batch, processes())
+    if rest or not share:
+        raise UsageError(f"settings.batch = {asked.batch} cannot be divided among {processes()} processes. Make it a multiple.")
+    return max(size for size in range(1, min(asked.micro_batch, share) + 1) if share % size == 0)
+
+
+def _checkpointing(asked: Recovery) -> dict[str, Any]:
+    """Arguments for it, under the name that this version of transformers has."""
+    name = "activation_checkpointing"
+    name = name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked.checkpointing else {}
+
+
+def last_state(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the Trainer's state is written last."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((str(path) for path in found if _whole(path / "trainer_state.json")), None)
+
+
+def write_trained(model: nn.Module, path: Path) -> None:
+    """Writes every parameter that requires a gradient."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    partial_ = path.with_name(f".{path.name}")
+    save_file(tensors, partial_)
+    partial_.replace(path)
+
+
+@torch.no_grad()
+def read_trained(model: nn.Module, path: Path) -> None:
+    """Reads what `write_trained` wrote."""
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[name])
+
+
+def _whole(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    partial_ = path.with_name(f".{path.name}")
+    partial_.write_text(text, encoding="utf-8")
+    partial_.replace(path)

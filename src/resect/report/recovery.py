@@ -1,0 +1,147 @@
+"""The report of a recovery: as a value, as tables for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from resect.recovery import Facts
+from resect.report.machine import machine, versions
+from resect.report.results import SCHEMA, Record
+
+LOSSES_SHOWN = 20
+
+
+class RecoveryReport(Record):
+    """A recovery: what was asked, what came of it, what it took."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["recovery"] = "recovery"
+    recipe: dict[str, Any]
+    facts: Facts
+    saved: dict[str, Any] | None = None
+    """How the directory loads."""
+    zeros_kept: int = 0
+    """Zeros of a sparsity pattern, none of which moved."""
+    adapter: str | None = None
+    """Where the low-rank terms lie, and what they load onto; None where all weights were trained."""
+    reload_difference: float | None = None
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+
+
+def recovery_report(recipe: Mapping[str, Any], facts: Facts) -> RecoveryReport:
+    """The report of what was asked for and what came of it, so far."""
+    return RecoveryReport(recipe=dict(recipe), facts=facts, versions=versions(), machine=machine())
+
+
+def recovery_tables(report: RecoveryReport) -> Group:
+    """Before and after for every source, the rounds of a dynamic mixture, and what was left out."""
+    parts: list[RenderableType] = [Text(_asked(report), style="bold"), _table(*_losses(report))]
+    if report.facts.rounds:
+        parts += [Text("Behind the dense model, nats per token", style="bold"), _table(*_rounds(report))]
+    parts += [Text(line) for line in _lines(report)]
+    return Group(*parts)
+
+
+def recovery_markdown(report: RecoveryReport) -> str:
+    """The same, with the loss over steps and everything needed to judge and repeat it."""
+    parts = [f"# {_asked(report)}", _markdown(*_losses(report)), *_lines(report)]
+    if report.facts.rounds:
+        parts += ["## Behind the dense model, nats per token", _markdown(*_rounds(report))]
+    parts += ["## Loss over steps", *(_course(training.model_dump()) for training in report.facts.trainings)]
+    parts += ["## Seconds", _markdown(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in report.seconds.items()])]
+    facts = [*report.versions.items(), *((name, str(value)) for name, value in report.machine.items())]
+    parts += ["## Made with", _markdown(["what", "which"], [[name, value] for name, value in facts])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _asked(report: RecoveryReport) -> str:
+    settings, facts = report.recipe["settings"], report.facts
+    what = "all weights" if settings["full"] else f"rank {settings['rank']}"
+    tokens = sum(training.tokens for training in facts.trainings)
+    teacher = f", taught by {report.recipe['teacher']}" if report.recipe["teacher"] else ""
+    return f"{report.recipe['model']}: recovered on {tokens:,} tokens ({what}{teacher})"
+
+
+def _losses(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
+    """Held-out perplexity and what each source gave, a row each."""
+    facts = report.facts
+    head = ["held-out perplexity", "before", "after", *(["dense"] if facts.dense else []), "examples", "held out"]
+    rows = []
+    for counts in facts.sources:
+        nats = [facts.before, facts.after, *([facts.dense] if facts.dense else [])]
+        values = [f"{math.exp(min(one[counts.source], 700)):.2f}" for one in nats]
+        rows.append([counts.source, *values, f"{counts.examples:,}", f"{counts.held_out:,}"])
+    return head, rows
+
+
+def _rounds(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
+    """A row per round: the weighted gap, then gap and share of every source."""
+    sources = list(dict.fromkeys(source for one in report.facts.rounds for source in one.gaps))
+    rows = []
+    for one in report.facts.rounds:
+        cells = [
+            f"{one.gaps[source]:.3f}" + (f" ({one.weights[source]:.0%})" if one.weights else "") if source in one.gaps else ""
+            for source in sources
+        ]
+        rows.append([f"{one.stage} {one.number}", f"{one.weighted:.4f}", *cells])
+    return ["round", "weighted", *(f"{source} (share)" for source in sources)], rows
+
+
+def _lines(report: RecoveryReport) -> list[str]:
+    """What was trained for how long, what was left out, and how it loads."""
+    facts = report.facts
+    tokens = sum(training.tokens for training in facts.trainings)
+    seconds = sum(training.seconds for training in facts.trainings)
+    steps = sum(training.steps for training in facts.trainings)
+    best = f"; the state after step {facts.trainings[0].best_step} was the best" if len(facts.trainings) == 1 else ""
+    lines = [
+        f"{facts.trainable:,} parameters trained (the model has {facts.parameters:,}) in {steps:,} steps, {seconds:,.0f} s, "
+        f"{tokens / seconds if seconds else 0:,.0f} tokens/s, processes: {facts.processes}{best}."
+    ]
+    for counts in facts.sources:
+        left = [f"{number:,} rows skipped: {reason}" for reason, number in counts.skipped.items()]
+        left += [f"{counts.truncated:,} rows cut off at the length"] if counts.truncated else []
+        if counts.remainder:
+            left.append(f"{counts.remainder:,} at the end of {counts.tokens + counts.remainder:,} tokens fill no window")
+        lines += [f"{counts.source}: {'; '.join(left)}."] if left else []
+    lines += [f"{report.zeros_kept:,} zeros of the sparsity pattern are still zero."] if report.zeros_kept else []
+    lines += [f"Low-rank terms alone: {report.adapter}."] if report.adapter else []
+    return lines
+
+
+def _course(training: Mapping[str, Any]) -> str:
+    """The losses of a training, thinned, with the held-out ones beside them."""
+    losses, measured = training["losses"], dict(training["held_out"])
+    every = max(1, len(losses) // LOSSES_SHOWN)
+    shown = dict(losses[::every]) | {step: loss for step, loss in losses if step in measured}
+    steps = sorted({*shown, *measured})
+    rows = [
+        [str(step), f"{shown[step]:.4f}" if step in shown else "", f"{measured[step]:.4f}" if step in measured else ""]
+        for step in steps
+    ]
+    return f"### {training['name']}\n\n" + _markdown(["step", "loss", "held-out loss"], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(header):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, ruler, *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

@@ -1,0 +1,378 @@
+"""Training: exact after being killed, merged as adapted, zeros kept, and alike in one process and in two."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from resect.errors import DataError, NumericsError, UsageError
+from resect.recovery import Distillation, Mixture, Recovery, heldout, recover, recovering, training
+from resect.recovery.adapter import attach, linear_layers
+from resect.recovery.examples import read_pool
+from resect.recovery.heldout import held_out_nats
+from resect.recovery.teacher import divergence, state_difference
+from resect.recovery.training import Watch, last_state, micro_batch
+from resect.surgery.gather import gather
+from tests.models import (
+    FAMILIES,
+    assert_same_logits,
+    assert_untouched,
+    logits_without_cache,
+    random_tokens,
+    snapshot,
+    tiny_tokenizer,
+)
+from tests.recipe.dense import write_text
+
+SMALL = Recovery(length=16, batch=4, micro_batch=2, tokens=6 * 64, evaluations=3, held_out=6, learning_rate=3e-3)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return FAMILIES["llama"]()
+
+
+def with_(settings: Recovery = SMALL, **changes: Any) -> Recovery:
+    return Recovery.model_validate(settings.model_dump() | changes)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def call(model: PreTrainedModel, text: Path, settings: Recovery = SMALL, **options: Any) -> Any:
+    return recover(model, tiny_tokenizer(), data=str(text), settings=settings, **options)
+
+
+def test_what_is_learnt_lowers_the_held_out_loss_and_leaves_no_trace(model: PreTrainedModel, text: Path) -> None:
+    before = snapshot(model)
+    found = call(model, text)
+    facts = found.facts
+    assert facts.held_out_after < facts.held_out_before
+    pool = read_pool(str(text), tiny_tokenizer(), SMALL, seed=42)
+    assert facts.after[str(text)] == pytest.approx(held_out_nats(model, {"": pool.held_out}, batch=6)[""], rel=1e-5)
+    after = snapshot(model)
+    assert {name for name, (_, value) in after.tensors.items() if not torch.equal(value, before.tensors[name][1])} == {
+        f"{path}.weight" for path, _ in linear_layers(model)
+    }
+    for part in ("training", "hooks", "attributes", "config", "grad_enabled", "requires_grad"):
+        assert getattr(after, part) == getattr(before, part), part
+    assert torch.equal(after.random_state, before.random_state)
+    assert (facts.trainings[0].steps, facts.trainings[0].tokens) == (6, 384)
+
+
+@pytest.mark.parametrize(("step", "full"), [(1, False), (2, False), (5, False), (3, True)])
+def test_killed_at_any_step_and_resumed_is_as_if_nothing_had_happened(
+    step: int, full: bool, model: PreTrainedModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = model, copy.deepcopy(model)
+    settings = with_(full=full)
+    call(whole, text, settings)
+    with monkeypatch.context() as patch:
+        end = Watch.on_step_end
+
+        def killed(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            end(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        patch.setattr(Watch, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(cut, text, settings, progress=tmp_path / "progress")
+    assert bool(last_state(tmp_path / "progress" / "training")) is (step > 2)  # noted after steps 2, 4 and 6
+    fresh = FAMILIES["llama"]()
+    call(fresh, text, settings, progress=tmp_path / "progress", resume=True)
+    assert same(fresh, whole)
+
+
+def test_a_state_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
+    for step, text in ((2, "{}"), (10, '{"best_'), (4, "{}")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_state(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_resuming_something_else_is_refused(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
+    call(model, text, progress=tmp_path / "p")
+    with pytest.raises(UsageError, match="asked for something else"):
+        call(model, text, with_(rank=4), progress=tmp_path / "p", resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_the_adapter_on_the_pruned_checkpoint_is_the_merged_model(family: str, text: Path, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    model.save_pretrained(tmp_path / "pruned")
+    found = call(model, text)
+    found.adapter.save(tmp_path / "adapter", base=str(tmp_path / "pruned"))
+    base = type(model).from_pretrained(tmp_path / "pruned").eval()
+    dense = logits_without_cache(base, random_tokens())
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    logits = logits_without_cache(adapted, random_tokens())
+    assert_same_logits(logits, logits_without_cache(model, random_tokens()), tolerance=1e-5)
+    assert (logits - dense).abs().max() > 1e-2  # it does something
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def sparse(model: PreTrainedModel) -> list[str]:
+    """Makes half of all elements of two layers zero."""
+    paths = ["model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj"]
+    for path in paths:
+        weight: Any = model.get_submodule(path).weight
+        weight.data *= torch.rand(weight.shape) < 0.5
+    return paths
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_zeros_of_a_pattern_stay_and_all_else_moves(full: bool, model: PreTrainedModel, text: Path) -> None:
+    paths = sparse(model)
+    before = weights(model)
+    call(model, text, with_(full=full, weight_decay=0.1 if full else 0.0), keep_zeros=paths)
+    for path in paths:
+        old, new = before[f"{path}.weight"], weights(model)[f"{path}.weight"]
+        assert torch.equal(new == 0, old == 0)
+        assert (new != old)[old != 0].float().mean() > 0.99
+
+
+def test_a_pattern_is_trained_as_it_is_merged(model: PreTrainedModel) -> None:
+    paths = sparse(model)
+    adapted = attach(model, SMALL, keep_zeros=paths, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    adapted.eval()
+    logits = logits_without_cache(adapted, random_tokens())
+    adapted.merge_and_unload()
+    assert_same_logits(logits_without_cache(model, random_tokens()), logits, tolerance=1e-5)
+    assert (model.get_submodule(paths[0]).weight == 0).float().mean() > 0.4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gathered_layers_are_trained_as_they_are_merged(family: str, text: Path) -> None:
+    model = FAMILIES[family]()
+    path = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_fc"}[family]
+    gather(model, {path: (torch.arange(0, 40, 2), torch.arange(1, 30))})
+    twin = copy.deepcopy(model)
+    adapted = attach(twin, SMALL, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    assert any(path in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+    logits = logits_without_cache(adapted.eval(), random_tokens())
+    adapted.merge_and_unload()
+    assert_same_logits(logits_without_cache(twin, random_tokens()), logits, tolerance=1e-5)
+    before = weights(model)
+    found = call(model, text)
+    assert found.facts.held_out_after < found.facts.held_out_before
+    assert not torch.equal(model.get_submodule(path).weight, before[f"{path}.weight"])  # type: ignore[arg-type]
+
+
+def test_the_best_state_is_the_result(
+    model: PreTrainedModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([9.0, 4.0, 2.0, 3.0, 2.0])
+    for module in (training, recovering):
+        monkeypatch.setattr(module, "overall", lambda nats, held_out: next(measured))
+    found = call(model, text, with_(rank=2), progress=tmp_path / "p")
+    assert found.facts.trainings[0].held_out == [(2, 4.0), (4, 2.0), (6, 3.0)]
+    assert found.facts.trainings[0].best_step == 4
+    best = load_file(tmp_path / "p" / "training" / "checkpoint-4" / training.WEIGHTS)
+    for name, tensor in found.adapter.tensors.items():
+        assert torch.equal(tensor, best[name.replace(".weight", ".default.weight")])
+    measured = iter([9.0, 4.0, 3.0, 2.0, 2.0])
+    last = call(FAMILIES["llama"](), text, with_(rank=2))
+    assert not any(torch.equal(tensor, last.adapter.tensors[name]) for name, tensor in found.adapter.tensors.items())
+
+
+def test_divergence_and_states_against_a_float64_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(5, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = (torch.exp(one / 2) / torch.exp(one / 2).sum(-1, keepdim=True) for one in (teacher, student))
+    expected = 4 * (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(divergence(student, teacher, temperature=2).double(), expected, rtol=1e-5, atol=1e-6)
+    difference = ((student - teacher) ** 2).sum(-1) / 11 / ((teacher - teacher.mean()) ** 2).sum() * (5 * 11 - 1)
+    torch.testing.assert_close(state_difference(student, teacher).double(), difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The held-out loss did not fall")  # of the text, which the teacher does not know
+def test_a_student_of_a_teacher_alone_comes_closer_to_it(model: PreTrainedModel, text: Path) -> None:
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for _, layer in linear_layers(student):
+            layer.weight += 0.3 * layer.weight.std() * torch.randn_like(layer.weight)  # type: ignore[operator,arg-type]
+    pool = read_pool(str(text), tiny_tokenizer(), SMALL, seed=42)
+    tokens = torch.stack([example.tokens for example in pool.held_out])
+
+    def distance() -> float:
+        logits = logits_without_cache(student, tokens), logits_without_cache(model, tokens)
+        return float(divergence(*(one.flatten(0, 1) for one in logits), temperature=1).mean())
+
+    before, teacher = distance(), weights(model)
+    only = Distillation(weight=1, temperature=1, hidden=0.1).model_dump()
+    found = call(student, text, with_(distillation=only, tokens=24 * 64, full=True), teacher=model)
+    assert distance() < 0.8 * before
+    assert found.facts.dense is not None
+    assert all(torch.equal(value, teacher[name]) for name, value in weights(model).items())
+
+
+def test_teachers_that_do_not_fit(model: PreTrainedModel, text: Path) -> None:
+    other = FAMILIES["llama"]()
+    other.resize_token_embeddings(90)
+    with pytest.raises(UsageError, match="teacher has 90 tokens in its vocabulary, the model 101.*Name the dense"):
+        call(model, text, teacher=other)
+    with pytest.raises(UsageError, match="states are 48 wide, the model's 60.*hidden=0"):
+        call(model, text, with_(distillation={"hidden": 1.0}), teacher=FAMILIES["qwen2"]())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_loss_that_is_not_a_number_stops_and_a_lower_rate_goes_on(
+    full: bool, model: PreTrainedModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(model)
+    losses, steps = heldout.token_losses, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "token_losses", lambda *both: losses(*both) * (1 if next(steps) < 9 else float("nan")))
+        with pytest.raises(NumericsError, match=r"loss is nan in step 5 of 6.*last good state is .*checkpoint-4.*learning_rate"):
+            call(model, text, with_(full=full), progress=tmp_path / "p")
+    assert all(value.isfinite().all() for value in weights(model).values())
+    if not full:
+        assert all(torch.equal(value, whole[name]) for name, value in weights(model).items())
+    fresh = FAMILIES["llama"]()
+    found = call(fresh, text, with_(full=full, learning_rate=1e-4), progress=tmp_path / "p", resume=True)
+    assert [step for step, _ in found.facts.trainings[0].losses] == [1, 2, 3, 4, 5, 6]
+    assert found.facts.held_out_after < found.facts.held_out_before
+
+
+def test_an_infinite_gradient_reaches_no_weight(model: PreTrainedModel, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Explodes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("inf")
+
+    losses = heldout.token_losses
+    monkeypatch.setattr(training, "token_losses", lambda logits, labels: losses(Explodes.apply(logits), labels))
+    before = snapshot(model)
+    with pytest.raises(NumericsError, match="gradient is nan in step 1 of 6. No state was noted yet"):
+        call(model, text)
+    assert_untouched(model, before)
+
+
+def test_what_cannot_be_meant(model: PreTrainedModel, text: Path) -> None:
+    with pytest.raises(UsageError, match="no teacher was given"):
+        call(model, text, with_(mixture={"kind": "dynamic"}))
+    with pytest.raises(UsageError, match="80 positions"):
+        call(FAMILIES["gpt2"](), text, with_(length=100))
+    with pytest.raises(UsageError, match="no data"):
+        recover(model, tiny_tokenizer(), data=[])
+    with pytest.raises(DataError, match="no file"):
+        call(model, Path("nowhere.txt"))
+
+
+def test_batches_are_divided_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert micro_batch(Recovery(batch=6, micro_batch=4)) == 3
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert micro_batch(Recovery(batch=8, micro_batch=4)) == 2
+    with pytest.raises(UsageError, match="batch = 6 cannot be divided among 4 processes"):
+        micro_batch(Recovery(batch=6))
+
+
+def test_checkpointing_computes_the_same(model: PreTrainedModel, text: Path) -> None:
+    other = copy.deepcopy(model)
+    call(model, text)
+    before = snapshot(other)
+    call(other, text, with_(checkpointing=True))
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, weights(other)[name], rtol=1e-4, atol=1e-5)
+    after = snapshot(other)
+    assert (after.hooks, after.config) == (before.hooks, before.config)
+    assert not other.is_activation_checkpointing
+
+
+def test_bfloat16_computing_leaves_the_model_in_float32(model: PreTrainedModel, text: Path) -> None:
+    found = call(model, text, with_(bf16=True, full=True))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert "forward" not in vars(model)
+    assert found.facts.held_out_after < found.facts.held_out_before
+
+
+def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(97 + number * number % 26) for number in range(600)))
+    rows = [{"instruction": f"Count to {number}.", "output": "1 2 3"} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}{{ '[a]' if add_generation_prompt }}"
+    )
+    sources = [str(text), str(other), str(tmp_path / "rows.jsonl")]
+    teacher = copy.deepcopy(model)
+    call(teacher, text, with_(tokens=60 * 64, full=True))  # far ahead on the first source
+    mixture = Mixture(kind="dynamic", rounds=3).model_dump()
+    settings = with_(mixture=mixture, length=80, template="chat", tokens=5_000, distillation={"weight": 0})
+    options: Any = {"settings": settings, "teacher": teacher, "progress": tmp_path / "p"}
+    found = recover(copy.deepcopy(model), tokenizer, data=sources, **options)
+    stages = [(one.stage, one.number) for one in found.facts.rounds]
+    assert stages[0] == ("text", 0)
+    assert ("instructions", 0) in stages
+    first, second = found.facts.rounds[1:3]
+    assert first.weights == {sources[0]: 0.5, sources[1]: 0.5}
+    assert second.weights[sources[0]] != second.weights[sources[1]]
+    assert first.gaps[sources[0]] < found.facts.rounds[0].gaps[sources[0]]
+    again = recover(copy.deepcopy(model), tokenizer, data=sources, resume=True, **options)
+    assert again.facts.rounds == found.facts.rounds
+    assert same(again.model, found.model)
+
+
+def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:
+    script = """
+import json, sys
+from resect.recovery import Recovery, recover
+from tests.models import FAMILIES, tiny_tokenizer
+settings = Recovery(length=40, batch=4, micro_batch=2, epochs=1, evaluations=2, held_out=4, learning_rate=3e-3, dropout=0)
+found = recover(FAMILIES["llama"](), tiny_tokenizer(), data=[sys.argv[1]], settings=settings, progress=sys.argv[2])
+import os
+if os.environ.get("RANK", "0") == "0":
+    training = found.facts.trainings[0]
+    json.dump([found.facts.processes, training.losses, training.held_out], open(sys.argv[3], "w"))
+"""
+    file = tmp_path / "once.py"
+    file.write_text(script)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, words in (("one", []), ("two", launch)):
+        command = [sys.executable, *words, str(file), str(text), str(tmp_path / f"p-{name}"), str(tmp_path / f"{name}.json")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", ".", *sys.path]), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "rank0" in line) or run.stderr
+        found.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    (_, losses, held_out), (processes, losses_2, held_out_2) = found
+    assert processes == 2
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(held_out), torch.tensor(held_out_2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("texts") / "river.txt")
