@@ -9,18 +9,20 @@ if TYPE_CHECKING:
     from resect.calibration import calibrate
     from resect.checkpoint import cut_tokenizer, load, load_tokenizer, needed_tokens, save, skeleton
     from resect.graph import Graph, trace
-    from resect.methods import Result, Vocabulary, prune, vocabulary_plan
+    from resect.methods import Knowledge, Result, Vocabulary, analyze, prune, vocabulary_plan
     from resect.plan import Plan
     from resect.recovery import Recovered, Recovery, recover
     from resect.surgery import cut, mask, masked
 
 __all__ = [
     "Graph",
+    "Knowledge",
     "Plan",
     "Recovered",
     "Recovery",
     "Result",
     "Vocabulary",
+    "analyze",
     "calibrate",
     "cut",
     "cut_tokenizer",
@@ -41,7 +43,7 @@ _ROOMS = {
     "calibrate": "calibration",
     **dict.fromkeys(("cut_tokenizer", "load", "load_tokenizer", "needed_tokens", "save", "skeleton"), "checkpoint"),
     **dict.fromkeys(("Graph", "trace"), "graph"),
-    **dict.fromkeys(("Result", "Vocabulary", "prune", "vocabulary_plan"), "methods"),
+    **dict.fromkeys(("Knowledge", "Result", "Vocabulary", "analyze", "prune", "vocabulary_plan"), "methods"),
     "Plan": "plan",
     **dict.fromkeys(("Recovered", "Recovery", "recover"), "recovery"),
     **dict.fromkeys(("cut", "mask", "masked"), "surgery"),

@@ -183,6 +183,36 @@ def test_branches_are_no_blocks(branches: int) -> None:
     assert not graph.of_kind("blocks")
 
 
+class TwoStreams(nn.Module):
+    """Blocks that hand on two streams, each changed by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Crossing() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = second = self.enter(x)
+        for block in self.blocks:
+            first, second = block(first, second)
+        return self.leave(first)
+
+
+class Crossing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp()
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return first + self.first(second), second + self.second(first)
+
+
+def test_blocks_that_hand_on_two_streams_stay() -> None:
+    graph = resect.trace(TwoStreams(), (torch.zeros(2, 5),))
+    assert graph.blocks.count == 3
+    assert not graph.of_kind("blocks")
+
+
 def test_lists_that_take_turns_are_one_stack() -> None:
     graph = resect.trace(lively(Turns(), seed=0), (x(),))
     assert graph.blocks.modules == tuple((f"layers.{number}", f"norms.{number}") for number in range(3))

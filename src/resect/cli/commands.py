@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
 from resect.cli.answer import answering
-from resect.cli.words import given, nested, numbers, version_of_resect, write_text
+from resect.cli.words import given, nested, numbers, shares, version_of_resect, write_text
 
 app = typer.Typer(
     name="resect",
@@ -90,6 +91,10 @@ def prune(
             help="Text whose tokens stay, repeatable: other tokens go, out of embedding, head and tokenizer. Default: all stay.",
         ),
     ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Groups that stay whole, repeatable: an analysis.json, or a group's name."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="For text and for random choices. Default: 42.")] = None,
@@ -114,6 +119,7 @@ def prune(
         "calibration.samples": samples,
         "calibration.length": length,
         "vocabulary.source": vocabulary or None,
+        "protect": protect or None,
         "seed": seed,
         "device": device,
         "dtype": dtype,
@@ -260,6 +266,88 @@ def evaluate(
             announce=answer.announce,
         )
         answer.give(found.to_json(), comparison_table(found))
+
+
+@app.command()
+def analyze(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where figures and pictures go.")],
+    text: Annotated[str, typer.Option(metavar="TEXT", help="Held-out text: a file or a data set's name.")] = "demo",
+    ratios: Annotated[str, typer.Option(metavar="R,R", help="Shares of a group that go, each in (0, 1].")] = "0.25,0.5,0.75",
+    kinds: Annotated[
+        str, typer.Option(metavar="K,K", help="Of heads, channels, experts, residual, sublayers, blocks.")
+    ] = "heads,channels,experts",
+    gamma: Annotated[float, typer.Option(help="The share of groups, the worst, that counts as unprunable.")] = 0.1,
+    units: Annotated[
+        str, typer.Option(metavar="U", help="Which units of a group go: the lowest by weight magnitude, or random.")
+    ] = "magnitude",
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 128,
+    limit: Annotated[int, typer.Option(help="At most so many tokens of the text.")] = 2048,
+    seed: Annotated[int, typer.Option(help="For random units.")] = 42,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Measure what every group of MODEL is worth by removing parts of it alone: perplexity by block, and what to protect."""
+    with answering(as_json=json) as answer:
+        asked = shares(ratios, flag="--ratios")
+        answer.announce("wake up")
+        from resect.recipe import analysis
+        from resect.report import knowledge_table
+
+        found = analysis(
+            model,
+            output,
+            text=text,
+            kinds=kinds.split(","),
+            ratios=asked,
+            gamma=gamma,
+            units=units,
+            window=window,
+            limit=limit,
+            seed=seed,
+            dtype=dtype or "float32",
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            announce=answer.announce,
+        )
+        answer.give(found.to_json(), knowledge_table(found))
+
+
+@app.command()
+def chat(
+    model: Model,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model that answers after it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, others draw.")] = 0.0,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before all else.")] = "",
+    seed: Annotated[int, typer.Option(help="For draws.")] = 42,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk to MODEL, or to two models at once. A line is a message; lines may be piped in."""
+    out = sys.stdout
+    with answering(as_json=False) as answer:
+        answer.announce("wake up")
+        from resect.cli.talk import talk
+        from resect.recipe import conversations
+
+        found = conversations(
+            [model, beside] if beside else [model],
+            new_tokens=max_new_tokens,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+            dtype=dtype or "float32",
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+            announce=answer.announce,
+        )
+        talk(found, out)
 
 
 def _run(

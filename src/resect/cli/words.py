@@ -35,6 +35,14 @@ def numbers(text: str, *, flag: str) -> list[int]:
         raise UsageError(f"{flag} {text!r} was given; it is one number or several: 128,2048.") from None
 
 
+def shares(text: str, *, flag: str) -> list[float]:
+    """The numbers of "0.25,0.5"."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} was given; it is one number or several: 0.25,0.5.") from None
+
+
 def write_text(file: str, text: str) -> None:
     """A text file; one that cannot be written is a `UsageError`."""
     try:

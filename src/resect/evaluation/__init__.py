@@ -2,10 +2,12 @@
 
 from resect.evaluation.agreement import Agreement, Flips, agreement, flips
 from resect.evaluation.bootstrap import Interval, paired_interval
+from resect.evaluation.conversation import Conversation, Said
 from resect.evaluation.generation import generations
 from resect.evaluation.latency import Latency, Spread, latencies, latency
 from resect.evaluation.mode import evaluating
-from resect.evaluation.perplexity import Perplexity, perplexity
+from resect.evaluation.onward import Onward
+from resect.evaluation.perplexity import Perplexity, exponential, perplexity, summed_nats, windows_of
 from resect.evaluation.size import parameter_count
 from resect.evaluation.suite import AnyTask, tasks_named
 from resect.evaluation.tasks import SEVEN, Answers, Item, Task, mean_accuracy
@@ -18,13 +20,17 @@ __all__ = [
     "Flips",
     "Interval",
     "Item",
+    "Conversation",
     "Latency",
+    "Onward",
     "Perplexity",
+    "Said",
     "Spread",
     "Task",
     "agreement",
     "evaluating",
     "flips",
+    "exponential",
     "generations",
     "latencies",
     "latency",
@@ -33,4 +39,6 @@ __all__ = [
     "parameter_count",
     "perplexity",
     "tasks_named",
+    "summed_nats",
+    "windows_of",
 ]

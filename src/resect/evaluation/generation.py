@@ -30,7 +30,7 @@ def generations(
         raise UsageError(
             "Asked for answers to chat messages; the tokenizer has no chat template. Ask for plain continuations."
         )
-    settings = _greedy(model, new_tokens)
+    settings = greedy(model, new_tokens)
     with evaluating(model):
         return [
             _continue(model, tokenizer, prompt, settings, chat)
@@ -38,7 +38,7 @@ def generations(
         ]
 
 
-def _greedy(model: PreTrainedModel, new_tokens: int) -> Any:
+def greedy(model: PreTrainedModel, new_tokens: int) -> Any:
     """The model's own generation settings, where greedy search has a use for them."""
     settings = copy.deepcopy(model.generation_config)
     for name in SAMPLING:

@@ -82,7 +82,7 @@ def perplexity(
     mean = float(by_window.sum()) / (len(by_window) * predicted)
     covered = _covered(sizes, len(by_window), window, first=int(bos is None))
     return Perplexity(
-        value=math.exp(mean) if mean < 700 else math.inf,
+        value=exponential(mean),
         nats=mean,
         tokens=len(by_window) * predicted,
         window=window,
@@ -103,23 +103,41 @@ def batches(
 
     Raises for windows that hold nothing to predict, that the text does not fill, or that a model cannot see.
     """
-    flat = tokens.reshape(-1)
-    for model in models:
-        _check(model, flat, window)
-    batch_tokens = batch_tokens or LOGITS // models[0].config.get_text_config().vocab_size
-    step = max(1, batch_tokens // window)
-    windows = flat[: len(flat) // window * window].view(-1, window)  # [N, window]
+    several = [windows_of(model, tokens, window=window, batch_tokens=batch_tokens) for model in models][0]
+    firsts = itertools.accumulate(map(len, several), initial=0)
 
     def each() -> Iterator[tuple[int, Tensor, Tensor]]:
-        for first, batch in zip(itertools.count(step=step), windows.split(step), strict=False):
+        for first, batch in zip(firsts, several, strict=False):
             yield first, *_shifted(batch.to(models[0].device), bos)
             bar.update(len(batch))
 
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        bar = stack.enter_context(tqdm(total=len(windows), desc=name, unit="window", leave=False, disable=None))
+        bar = stack.enter_context(tqdm(total=sum(map(len, several)), desc=name, unit="window", leave=False, disable=None))
         yield each()
+
+
+def windows_of(
+    model: PreTrainedModel, tokens: Tensor, *, window: int, batch_tokens: int | None = None
+) -> tuple[Tensor, ...]:
+    """The windows of a text, several in a batch [B, window]; what is left at the end of the text is dropped."""
+    flat = tokens.reshape(-1)
+    _check(model, flat, window)
+    batch_tokens = batch_tokens or LOGITS // model.config.get_text_config().vocab_size
+    windows = flat[: len(flat) // window * window].view(-1, window)
+    return tuple(windows.split(max(1, batch_tokens // window)))
+
+
+def exponential(nats: float) -> float:
+    """The perplexity of a mean cross-entropy; infinite where no float holds it."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def summed_nats(model: PreTrainedModel, batch: Tensor) -> float:
+    """Summed cross-entropy of all tokens of `batch` [B, window] but the first of each window."""
+    inputs, targets = _shifted(batch.to(model.device), None)
+    return float(row_nats(model(input_ids=inputs, use_cache=False).logits, targets).sum())
 
 
 def row_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,10 +145,14 @@ def row_nats(logits: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, CHUNK // logits.shape[-1])
     pairs = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     nats = [
-        torch.nn.functional.cross_entropy(few.float(), wanted, reduction="none", ignore_index=IGNORED).double()
+        torch.nn.functional.cross_entropy(_wide(few), wanted, reduction="none", ignore_index=IGNORED).double()
         for few, wanted in pairs
     ]
     return torch.cat(nats).view(targets.shape).sum(1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _shifted(batch: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,9 @@ def _list_of(path: str) -> str:
 
 
 def _follows(visit: Visit, before: Visit) -> bool:
-    return visit.start == before.stop and visit.taken[:1] == before.given[:1]
+    """Whether a block begins where another ends, and takes in its stream and nothing else of it."""
+    alone = not set(visit.taken[1:]) & set(before.given[1:])
+    return visit.start == before.stop and visit.taken[:1] == before.given[:1] and alone
 
 
 def _read_outside(flow: Flow, blocks: Sequence[Visit]) -> set[int]:

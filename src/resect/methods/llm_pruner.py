@@ -6,6 +6,7 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,7 @@ class LLMPruner(Method):
         of: str = "blocks",
         layout: str = "per-layer",
         align: int = 1,
+        protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress | None = None,
     ) -> tuple[Plan, dict[str, Tensor]]:
@@ -72,6 +74,7 @@ class LLMPruner(Method):
             "selection": self.selection,
             "align": align,
             "kinds": kinds,
+            "protect": protect,
             "ranges": ranges,
             "floor": self.floor,
             "spread": self.spread,
@@ -87,7 +90,7 @@ class LLMPruner(Method):
                 scores = score(graph, statistics, reduction=self.reduction, seed=seed)
             scores = {name: spent_first(values, plan, name) for name, values in scores.items()}
             if self.share is not None:
-                plan = select_share(graph, scores, share=self.share * done, kinds=kinds, ranges=ranges)
+                plan = select_share(graph, scores, share=self.share * done, kinds=kinds, protect=protect, ranges=ranges)
             else:
                 plan = select(graph, scores, keep=1 - (1 - keep) * done, **options)
         return plan, scores

@@ -93,6 +93,7 @@ class LLMSurgeon(Method):
         of: str = "blocks",
         layout: str = "per-layer",
         align: int = 1,
+        protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,
     ) -> tuple[Plan, dict[str, Tensor]]:
@@ -100,7 +101,7 @@ class LLMSurgeon(Method):
 
         What earlier shots than the last one removed is made up for in the weights; `make_up` does it for the last.
         """
-        asked = {"keep": keep, "of": of, "layout": layout, "align": align}
+        asked = {"keep": keep, "of": of, "layout": layout, "align": align, "protect": protect}
         *_, (_, plan, scores) = self.shots_of(model, graph, data, asked, seed=seed, progress=progress)
         return plan, scores
 
@@ -122,6 +123,7 @@ class LLMSurgeon(Method):
         }
         equal = {group.name: torch.zeros(group.units) for group in groups}
         select(graph, equal, keep=asked["keep"], **options)  # a budget out of reach is refused before the long part
+        groups = [group for group in groups if group.name not in options.get("protect", ())]
         plan = keep_all(groups)
         for shot in range(1, self.shots + 1):
             if shot > 1:
@@ -131,17 +133,35 @@ class LLMSurgeon(Method):
             yield shot, plan, scores
 
     def sparsify(
-        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        *,
+        keep: float,
+        of: str = "blocks",
+        protect: Sequence[str] = (),
+        seed: int = 42,
+        progress: Progress,
     ) -> Pattern:
         """Makes single matrices sparse in place, with what stays updated; gives what stays of them.
 
         `n:m` decides by itself how much stays; otherwise it is the share `keep` of the parameters in blocks or of the model.
         """
-        *_, (_, pattern) = self.patterns(model, graph, data, keep=keep, of=of, seed=seed, progress=progress)
+        *_, (_, pattern) = self.patterns(model, graph, data, keep=keep, of=of, protect=protect, seed=seed, progress=progress)
         return pattern
 
     def patterns(
-        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        *,
+        keep: float,
+        of: str = "blocks",
+        protect: Sequence[str] = (),
+        seed: int = 42,
+        progress: Progress,
     ) -> Iterator[tuple[int, Pattern]]:
         """The number of every shot, when it is done, and what stays."""
         if of == "macs":
@@ -158,13 +178,13 @@ class LLMSurgeon(Method):
             correction=self.correction,
         )
         if self.physical:
-            check_gatherable(model, [layer.path for layer in matrices(model, graph)])
+            check_gatherable(model, [layer.path for layer in matrices(model, graph, protect)])
         remove = round((1 - keep) * cost_of(graph, of)({}))
 
         def collect(layers: Sequence[Layer], shot: int) -> None:
             self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
 
-        return impose(model, graph, data, asked, remove=remove, collect=collect, progress=progress)
+        return impose(model, graph, data, asked, remove=remove, protect=protect, collect=collect, progress=progress)
 
     def make_up(
         self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress, *, shot: int | None = None

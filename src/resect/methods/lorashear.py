@@ -75,6 +75,7 @@ class LoRAShear(Method):
         of: str = "blocks",
         layout: str = "per-layer",
         align: int = 1,
+        protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,
     ) -> tuple[Plan, dict[str, Tensor]]:
@@ -84,8 +85,8 @@ class LoRAShear(Method):
         """
         from resect.recovery import Steps, adapted, deltas, spent, trained  # PEFT comes with it, and takes seconds
 
-        groups = list(graph.of_kind(*self.kinds))
-        options: dict[str, Any] = {"of": of, "layout": layout, "align": align}
+        groups = [group for group in graph.of_kind(*self.kinds) if group.name not in protect]
+        options: dict[str, Any] = {"of": of, "layout": layout, "align": align, "protect": protect}
         options |= {"selection": self.selection, "kinds": self.kinds, "floor": self.floor, "spread": self.spread}
         select(graph, {group.name: torch.zeros(group.units) for group in groups}, keep=keep, **options)  # refused early
         plan, scores = keep_all(groups), dict[str, Tensor]()

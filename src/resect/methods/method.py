@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,15 +67,25 @@ class Method(BaseModel, ABC):
         of: str = "blocks",
         layout: str = "per-layer",
         align: int = 1,
+        protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,
     ) -> tuple[Plan, dict[str, Tensor]]:
-        """Which units stay, and the last scores: `{group: [units]}`."""
+        """Which units stay, and the last scores: `{group: [units]}`. Groups that `protect` names stay whole."""
 
     def sparsify(
-        self, model: nn.Module, graph: Graph, data: Data, *, keep: float, of: str = "blocks", seed: int = 42, progress: Progress
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        *,
+        keep: float,
+        of: str = "blocks",
+        protect: Sequence[str] = (),
+        seed: int = 42,
+        progress: Progress,
     ) -> Pattern:
-        """Makes parts of single matrices zero, in place, and gives what stays."""
+        """Makes parts of single matrices zero, in place, and gives what stays. Those of groups in `protect` stay as they are."""
         raise NotImplementedError
 
     def make_up(self, model: nn.Module, graph: Graph, plan: Plan, data: Data, progress: Progress) -> None:

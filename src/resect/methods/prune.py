@@ -26,9 +26,10 @@ from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.lorashear import LoRAShear
 from resect.methods.method import Method
+from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
-from resect.plan import LAYOUTS, Pattern, Plan
+from resect.plan import LAYOUTS, Pattern, Plan, keep_all
 from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check, gather_and_check
 
@@ -66,6 +67,7 @@ def prune(
     seed: int = 42,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    protect: Protect | None = None,
     plan_only: bool = False,
     inputs: Any = None,
     progress: str | Path | None = None,
@@ -77,7 +79,8 @@ def prune(
     same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a calibration
     source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
     `vocabulary` names the text whose tokens stay: other rows of embedding and head go besides what `keep` says, and the result
-    has the tokenizer that fits. `keep=1` then cuts nothing else. `plan_only` stops before the cut.
+    has the tokenizer that fits. `keep=1` then cuts nothing else. `protect` names groups that stay whole, or the file of an
+    analysis that found them; the others meet the budget. `plan_only` stops before the cut.
     A network that takes no tokens is traced with `inputs` and calibrated with `Data`: batches, and what is predicted from them.
     `progress` is a directory in which long methods note what is done; with `resume`, what is found there is not done again,
     and the result is the same to the bit. Remove it when the result is safe.
@@ -91,6 +94,9 @@ def prune(
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         graph = trace(model, inputs)
+    spared = protected(graph, protect)
+    if vocabulary is not None and VOCABULARY in {graph.group(name).kind for name in spared}:
+        raise UsageError("The vocabulary is protected, and was to be cut to what a text needs. Ask for one of the two.")
     trimmed = Plan()
     if vocabulary is not None:
         with _timed(seconds, "vocabulary"):
@@ -108,7 +114,7 @@ def prune(
         if chosen.needs_data:
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
-        asked = {"keep": keep, "of": of, "layout": layout, "align": align, "seed": seed}
+        asked = {"keep": keep, "of": of, "layout": layout, "align": align, "protect": spared, "seed": seed}
         whole = [method, chosen.model_dump(mode="json"), asked, provenance]
         if chosen.long:
             whole += [_fingerprint(list(given.batches)), _fingerprint(list(model.state_dict().values()))]
@@ -119,9 +125,11 @@ def prune(
                 if not plan_only:
                     with _timed(seconds, "compensate"):
                         chosen.make_up(model, graph, plan, given, notes)
+                plan &= keep_all([graph.group(name) for name in spared if graph.group(name).kind in chosen.removes])
             else:
                 with _timed(seconds, "plan"):
-                    pattern = chosen.sparsify(model, graph, given, keep=keep, of=of, seed=seed, progress=notes)
+                    shared = {"keep": keep, "of": of, "protect": spared, "seed": seed}
+                    pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)  # type: ignore[arg-type]
     losses = plan.notes.get("losses")
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
@@ -130,6 +138,7 @@ def prune(
         "settings": chosen.model_dump(mode="json"),
         "calibration": provenance,
         "withheld": withheld,
+        "protected": list(spared),
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
         **({"losses": losses} if losses else {}),

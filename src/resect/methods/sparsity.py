@@ -69,21 +69,37 @@ class Sparsity:
         return (int(keep), int(of)) if colon else None
 
 
-def matrices(model: nn.Module, graph: Graph) -> list[Layer]:
-    """The layers inside blocks that are one matrix each; without blocks, all such layers but the last."""
+def matrices(model: nn.Module, graph: Graph, protect: Sequence[str] = ()) -> list[Layer]:
+    """The layers inside blocks that are one matrix each; without blocks, all such layers but the last.
+
+    Those that hold parameters of groups named in `protect` are left out.
+    """
     names = [name.removesuffix(".weight") for name in graph.parameters if name.endswith(".weight")]
     layers = [layer for layer in (layer_of(model, name) for name in names) if layer]
     inside = [layer for layer in layers if graph.blocks.layer_of(f"{layer.path}.weight") is not None]
-    return inside or layers[:-1]
+    spared = {member.parameter for name in protect for member in graph.group(name).members}
+    return [layer for layer in inside or layers[:-1] if f"{layer.path}.weight" not in spared]
 
 
 def impose(
-    model: nn.Module, graph: Graph, data: Data, asked: Sparsity, *, remove: int, collect: Collect, progress: Progress
+    model: nn.Module,
+    graph: Graph,
+    data: Data,
+    asked: Sparsity,
+    *,
+    remove: int,
+    protect: Sequence[str] = (),
+    collect: Collect,
+    progress: Progress,
 ) -> Iterator[tuple[int, Pattern]]:
-    """Makes a network sparse in place, in shots; gives what stays after each. `remove` counts the parameters that become zero."""
-    layers = matrices(model, graph)
+    """Makes a network sparse in place, in shots; gives what stays after each. `remove` counts the parameters that become zero.
+
+    Layers of the groups in `protect` are left as they are.
+    """
+    layers = matrices(model, graph, protect)
     if not layers:
-        raise UsageError("Nothing to cut: the network has no linear layer or ungrouped convolution.")
+        spared = f" outside of the {len(protect)} groups that are protected" if protect else ""
+        raise UsageError(f"Nothing to cut: the network has no linear layer or ungrouped convolution{spared}.")
     if asked.neighbours:
         _check_divides(layers, *asked.neighbours)
     else:
@@ -224,7 +240,7 @@ def _check_enough(layers: Sequence[Layer], asked: Sparsity, remove: int) -> None
         zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(layer.inner_columns)) for layer in layers}
         rows_and_columns(zero, remove=remove, floor=asked.floor)
     elif remove > (most := sum(layer.rows * layer.inner_columns for layer in layers)):
-        raise UsageError(f"{remove:,} parameters were to go; the layers that are looked at have only {most:,}. Raise keep.")
+        raise UsageError(f"{remove:,} parameters were to go; the layers that may be cut have only {most:,}. Raise keep.")
 
 
 def _check_divides(layers: Sequence[Layer], keep: int, of: int) -> None:

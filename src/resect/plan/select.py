@@ -53,6 +53,7 @@ def select(
     align: int = 1,
     kinds: Sequence[str] = ("heads", "channels"),
     groups: Collection[str] | None = None,
+    protect: Collection[str] = (),
     ranges: Ranges | None = None,
     floor: int | Mapping[str, int] = 1,
     spread: float | None = None,
@@ -63,9 +64,10 @@ def select(
 
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
-    that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `ranges` bounds the layers of
-    a kind, `(first, last + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is given).
-    `spread` (1 or more) caps what a group may lose, as a multiple of the share that its kind would lose if all lost alike.
+    that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `protect` those that stay whole
+    (with them the blocks and sub-layers that they lie in), `ranges` bounds the layers of a kind, `(first, last + 1)`. At least
+    `floor` units of every group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may
+    lose, as a multiple of the share that its kind would lose if all lost alike.
     `within` is an earlier plan for the same groups: what it removed is gone, whatever it was worth.
     The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
@@ -74,7 +76,7 @@ def select(
     if spread is not None and spread < 1:
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
-    ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges, groups=groups)
+    ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges, groups=groups, protect=protect)
     gone = {name: kept.removed for name, kept in within.groups.items()} if within else {}
     scores = {name: spent_first(values, within, name) for name, values in scores.items()} if within else scores
     dense = cost({})
@@ -95,7 +97,8 @@ def select(
         least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
         raise UsageError(
             f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with {_stays(least_by_kind)} kept in every "
-            f"group the smallest reachable share is {least:.4f}. Raise keep, or let more kinds or layers be cut."
+            f"group the smallest reachable share is {least:.4f}. Raise keep, or "
+            + ("protect fewer groups." if protect else "let more kinds or layers be cut.")
         )
     return _plan(ladders, scores, taken)
 
@@ -106,15 +109,17 @@ def select_share(
     *,
     share: float,
     kinds: Sequence[str] = ("heads", "channels"),
+    protect: Collection[str] = (),
     ranges: Ranges | None = None,
 ) -> Plan:
     """The plan that removes the same share of positions from every selected group, as the LLM-Pruner paper states sizes.
 
-    A group of n units with w positions each keeps `int(n * w * (1 - share))` positions, rounded up to whole units.
+    A group of n units with w positions each keeps `int(n * w * (1 - share))` positions, rounded up to whole units. Those named
+    in `protect` keep all.
     """
     _check(1 - share, of="blocks", layout="per-layer", selection="local", kinds=(*kinds, *(ranges or ())))
     removed = {}
-    ladders = _ladders(graph, "per-layer", kinds=kinds, ranges=ranges)
+    ladders = _ladders(graph, "per-layer", kinds=kinds, ranges=ranges, protect=protect)
     for (group,) in ladders:
         width = min(member.index.shape[1] for member in group.members)
         positions = group.units * width
@@ -152,21 +157,49 @@ def _check(keep: float, *, of: str, layout: str, selection: str, kinds: Sequence
 
 
 def _ladders(
-    graph: Graph, layout: str, *, kinds: Sequence[str], ranges: Ranges | None, groups: Collection[str] | None = None
+    graph: Graph,
+    layout: str,
+    *,
+    kinds: Sequence[str],
+    ranges: Ranges | None,
+    groups: Collection[str] | None = None,
+    protect: Collection[str] = (),
 ) -> list[list[Group]]:
     ladders: list[list[Group]] = []
     for kind in kinds:
         first, last = (ranges or {}).get(kind, (0, graph.blocks.count))
         inside = [group for group in graph.of_kind(kind) if group.layer is None or first <= group.layer < last]
-        found = [group for group in inside if groups is None or group.name in groups]
+        offered = [group for group in inside if groups is None or group.name in groups]
+        found = _open(graph, offered, protect)
         if layout == "per-layer" or kind in ("residual", "vocabulary", *DEPTH):
             ladders += [[group] for group in found]
         elif found:
+            _check_all_open(kind, offered, found)
             ladders += _uniform(graph, kind, found)
     if not ladders:
-        offered = ", ".join(sorted({group.kind for group in graph.groups})) or "none"
-        raise UsageError(f"Nothing to cut: {', '.join(kinds)} were asked for, the network offers {offered} in these layers.")
+        known = ", ".join(sorted({group.kind for group in graph.groups})) or "none"
+        spared = f", and {len(protect)} groups are protected" if protect else ""
+        raise UsageError(
+            f"Nothing to cut: {', '.join(kinds)} were asked for, the network offers {known} in these layers{spared}."
+        )
     return ladders
+
+
+def _open(graph: Graph, groups: Sequence[Group], protect: Collection[str]) -> list[Group]:
+    """The groups that are not protected; a block or a sub-layer around a protected group is."""
+    inside = [group for group in map(graph.group, protect) if group.layer is not None]
+    spared = {member.parameter for group in inside for member in group.members}
+    around = {g.name for g in groups if g.kind in DEPTH and any(member.parameter in spared for member in g.members)}
+    return [group for group in groups if group.name not in protect and group.name not in around]
+
+
+def _check_all_open(kind: str, offered: Sequence[Group], found: Sequence[Group]) -> None:
+    """Refuses a uniform layout in which some groups of a kind are to stay whole and others not."""
+    if spared := [group.name for group in offered if group.name not in {one.name for one in found}]:
+        raise UsageError(
+            f"layout=uniform gives every block the same number of {kind}, and {len(spared)} of {len(offered)} groups of them are "
+            f"protected ({spared[0]}{', ...' if len(spared) > 1 else ''}). Use layout=per-layer."
+        )
 
 
 def _uniform(graph: Graph, kind: str, groups: list[Group]) -> list[list[Group]]:

@@ -1,6 +1,7 @@
 """Recipes: everything that a run needs in one file, and carrying it out."""
 
-from resect.recipe.measure import evaluate
+from resect.recipe.analysis import analysis
+from resect.recipe.measure import conversations, evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
 from resect.recipe.recovery import RecoveryRecipe, RecoveryResult, read_recovery_recipe, run_recovery
 from resect.recipe.runs import RunResult, run
@@ -15,6 +16,8 @@ __all__ = [
     "RunResult",
     "Timing",
     "VocabularySection",
+    "analysis",
+    "conversations",
     "evaluate",
     "evaluation_section",
     "read_recipe",

@@ -20,6 +20,7 @@ from resect.errors import DataError, UsageError, nearest
 from resect.evaluation import (
     Answers,
     AnyTask,
+    Conversation,
     Perplexity,
     agreement,
     flips,
@@ -285,6 +286,31 @@ def weight_bytes(name: str) -> int | None:
     if source.gguf:
         return (place / source.gguf).stat().st_size
     return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else None
+
+
+def conversations(
+    names: Sequence[str],
+    *,
+    new_tokens: int = 256,
+    temperature: float = 0.0,
+    system: str = "",
+    seed: int = 42,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    announce: Announce = lambda what: None,
+) -> dict[str, Conversation]:
+    """A conversation with each of some models. `seed` is for answers that are drawn."""
+    if len(set(names)) < len(names):
+        raise UsageError(f"{names[0]} was named twice; it would answer beside itself. Name another model.")
+    where, found = device_of(device), {}
+    for name in names:
+        announce(f"load {name}")
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
+        found[name] = Conversation(model, tokenizer, new_tokens=new_tokens, temperature=temperature, system=system)
+    torch.manual_seed(seed)
+    return found
 
 
 def dtype_of(name: str) -> torch.dtype:

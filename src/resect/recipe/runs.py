@@ -162,6 +162,7 @@ def _prune(
         seed=recipe.seed,
         settings=recipe.settings,
         vocabulary=Vocabulary(**recipe.vocabulary.model_dump()) if recipe.vocabulary else None,
+        protect=recipe.protect,
         plan_only=plan_only,
         progress=progress,
         resume=resume,

@@ -110,6 +110,8 @@ class Recipe(Section):
     calibration: CalibrationSection = CalibrationSection()
     vocabulary: Annotated[VocabularySection | None, BeforeValidator(_source)] = None
     """None: all tokens stay."""
+    protect: Texts = ()
+    """Groups that stay whole, by name, and analyses (`.json`) that found some."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)
     """The method's own."""
     evaluation: EvaluationSection = EvaluationSection()

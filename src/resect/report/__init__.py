@@ -2,6 +2,8 @@
 
 from resect.report.figures import mean_of
 from resect.report.inspection import Inspection, inspection
+from resect.report.knowledge import GroupKnowledge, Knowledge, Removal, knowledge_markdown, knowledge_table
+from resect.report.knowledge_picture import knowledge_html, knowledge_png
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
 from resect.report.picture import inspection_dot, inspection_tree
@@ -24,9 +26,12 @@ from resect.report.tables import comparison_table, inspection_tables, run_tables
 __all__ = [
     "Difference",
     "EvaluationReport",
+    "GroupKnowledge",
     "Inspection",
+    "Knowledge",
     "Measured",
     "RecoveryReport",
+    "Removal",
     "Respelled",
     "RunReport",
     "TaskAccuracy",
@@ -39,6 +44,10 @@ __all__ = [
     "inspection_dot",
     "inspection_tables",
     "inspection_tree",
+    "knowledge_html",
+    "knowledge_markdown",
+    "knowledge_png",
+    "knowledge_table",
     "machine",
     "mean_of",
     "peak_memory",

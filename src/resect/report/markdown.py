@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from resect.report.figures import before_and_after
 from resect.report.layers import bar, kinds_of, layer_rows, spans
 from resect.report.results import RunReport
-from resect.report.words import LOADS, asked, kept_shares, protocol, provenance, vocabulary_lines
+from resect.report.words import LOADS, asked, kept_shares, protected_lines, protocol, provenance, vocabulary_lines
 
 STATUS = {
     "planned": "A dry run: the plan was made, nothing was cut.",
@@ -29,7 +29,7 @@ def run_markdown(report: RunReport) -> str:
         "## What every layer keeps",
         _layers(report),
         *_withheld(report),
-        _bullets(vocabulary_lines(report)),
+        _bullets([*protected_lines(report), *vocabulary_lines(report)]),
         *_generations(report),
         "## Calibration",
         _calibration(report),

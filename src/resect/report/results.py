@@ -244,6 +244,8 @@ class RunReport(Record):
     groups: list[GroupSizes]
     withheld: dict[str, str] = {}
     """Kinds of units that were asked for and left whole, and why."""
+    protected: list[str] = []
+    """Groups that were to stay whole."""
     vocabulary: VocabularyCut | None = None
     """None where all tokens stay."""
     frozen: list[str] = []
@@ -331,6 +333,7 @@ def run_report(
         models=models,
         groups=_groups(pruning["groups"]),
         withheld=pruning["withheld"],
+        protected=pruning.get("protected", []),
         vocabulary=_vocabulary(recipe, pruning),
         frozen=pruning["frozen"],
         calibration=pruning["calibration"],

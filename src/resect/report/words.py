@@ -63,6 +63,12 @@ def vocabulary_lines(report: RunReport) -> list[str]:
     return lines
 
 
+def protected_lines(report: RunReport) -> list[str]:
+    """The groups that were to stay whole."""
+    names = ", ".join(report.protected)
+    return [f"Protected: {names}."] if names else []
+
+
 def provenance(report: RunReport) -> str:
     """Which text decided, with which seed, and how perplexity was taken."""
     seed = f"seed {report.recipe['seed']}"

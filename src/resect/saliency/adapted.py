@@ -24,15 +24,20 @@ def adapted_scores(
     """The saliency of every unit of some groups, `{group: [units]}`, float64, lowest goes first.
 
     `weights` are the base weights `x` of the network by name, `deltas` what adapters add to them, `s B A`, in the same shapes,
-    where there is one. Slices of anything else do not count.
+    where there is one. Slices of anything else do not count. Within a kind the order is the paper's. Here: scores of each kind
+    add up to its number of weights, because norms grow with the root of that number, and heads would all go before channels.
     """
     members = {group.name: [member for member in group.members if member.parameter in weights] for group in groups}
     named = {member.parameter for chosen in members.values() for member in chosen}
     sums = {name: _sums(weights[name], deltas.get(name)) for name in named}
-    found = [_criteria(members[group.name], sums) for group in groups]
-    together = torch.cat(found, 1)
-    norms = together.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    total = (together / norms * together.new_tensor(SHARES)[:, None]).sum(0)
+    parts = torch.cat([_parts(members[group.name], sums) for group in groups], 1)
+    found = criteria(*parts)
+    norms = found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    total = (found / norms * found.new_tensor(SHARES)[:, None]).sum(0)
+    kinds = [group.kind for group in groups for _ in range(group.units)]
+    for kind in set(kinds):
+        alike = torch.tensor([one == kind for one in kinds])
+        total[alike] *= parts[-1, alike].sum() / total[alike].sum()
     return dict(zip((group.name for group in groups), total.split([group.units for group in groups]), strict=True))
 
 
@@ -59,11 +64,11 @@ def _over(values: Tensor, axis: int) -> Tensor:
     return values.sum(others).cpu() if others else values.cpu()
 
 
-def _criteria(
-    members: Sequence[Member], sums: Mapping[str, Mapping[str, Mapping[int, Tensor]]]
-) -> Float[Tensor, "criteria units"]:
-    parts = [
-        unit_values(members, {member.parameter: sums[member.parameter][name] for member in members}).sum(0)
-        for name in ("size", "added", "product", "count")
-    ]
-    return criteria(*parts)
+def _parts(members: Sequence[Member], sums: Mapping[str, Mapping[str, Mapping[int, Tensor]]]) -> Float[Tensor, "4 units"]:
+    """What the criteria of the units of one group are made of."""
+    return torch.stack(
+        [
+            unit_values(members, {member.parameter: sums[member.parameter][name] for member in members}).sum(0)
+            for name in ("size", "added", "product", "count")
+        ]
+    )
