@@ -296,3 +296,11 @@ def test_a_dry_run_writes_the_pattern(dense: Path, text: Path, tmp_path: Path) -
     settings = {"mode": "rows-columns", "shots": 1}
     run(recipe_of(dense, text, tmp_path / "out", method="llm-surgeon", settings=settings), dry_run=True)
     assert Pattern.from_json((tmp_path / "out" / "pattern.json").read_text()).layers
+
+
+def test_lorashear_is_a_run_like_any_other(dense: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"warmup_steps": 1, "periods": 2, "period_steps": 2}
+    result = run(recipe_of(dense, text, tmp_path / "out", method="lorashear", settings=settings))
+    assert result.report.status == "complete"
+    assert "lorashear, 2 x 2 steps of fading" in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out.progress").exists()

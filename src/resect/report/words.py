@@ -36,6 +36,8 @@ def _decides(settings: Mapping[str, Any]) -> str:
     """What of a method's settings says most about it."""
     if "criterion" in settings:
         return str(settings["criterion"])
+    if "periods" in settings:
+        return f"{settings['periods']} x {settings['period_steps']} steps of fading"
     return f"{settings['mode']}, {settings['shots']} shot{'s' if settings['shots'] > 1 else ''}"
 
 
