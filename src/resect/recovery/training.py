@@ -229,7 +229,8 @@ class _Trainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        write_trained(self.asked.model, Path(str(output_dir)) / WEIGHTS)
+        if self.args.should_save:  # every process gets here
+            write_trained(self.asked.model, Path(str(output_dir)) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_trained(self.asked.model, Path(resume_from_checkpoint) / WEIGHTS)
