@@ -21,6 +21,7 @@ from tests.models import FAMILIES, assert_untouched, random_tokens, snapshot
 
 TOKENS = random_tokens(24, 16, seed=3)
 SETTINGS: dict[str, Any] = {"warmup_steps": 3, "periods": 3, "period_steps": 4, "settle_steps": 2, "checkpoint_steps": 1}
+SETTINGS["analysis"] = None
 
 
 def sheared(model: nn.Module, **options: Any) -> resect.Result:
@@ -54,6 +55,50 @@ def test_the_budget_is_met_in_every_layout(layout: str, selection: str) -> None:
     result = sheared(FAMILIES["llama"](), layout=layout, settings={**SETTINGS, "selection": selection})
     share = result.report["block_parameters"]["pruned"] / result.report["block_parameters"]["dense"]
     assert 0.6 < share <= 0.7
+
+
+def test_scores_of_llm_pruner_remove_what_it_removes() -> None:
+    asked: dict[str, Any] = {"layout": "per-layer", "keep": 0.7, "data": TOKENS}
+    ours = sheared(FAMILIES["llama"](), settings={**SETTINGS, "criterion": "element2"})
+    theirs = resect.prune(FAMILIES["llama"](), method="llm-pruner", **asked)
+    assert {name: kept.keep for name, kept in ours.plan.groups.items()} == {
+        name: kept.keep for name, kept in theirs.plan.groups.items()
+    }
+    adapted = sheared(FAMILIES["llama"]())
+    assert adapted.plan.groups != ours.plan.groups
+
+
+def test_an_analysis_of_held_out_windows_spares_the_dearest_groups() -> None:
+    asked = {"gamma": 0.3, "ratios": [0.5], "windows": 6}
+    model = FAMILIES["llama"]()
+    before = resect.analyze(model, text=TOKENS[:6], gamma=0.3, ratios=[0.5], window=16, limit=None)
+    named = next(group.name for group in resect.trace(model).of_kind("heads") if group.name not in before.protected)
+    result = sheared(model, settings={**SETTINGS, "analysis": asked}, protect=named)
+    found = result.report["knowledge"]
+    assert found.protected == before.protected
+    assert len(before.protected) > 1
+    for name in [*before.protected, named]:
+        assert result.plan.groups[name].removed == 0, name
+    share = result.report["block_parameters"]["pruned"] / result.report["block_parameters"]["dense"]
+    assert 0.6 < share <= 0.7
+
+
+def test_an_analysis_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = planned(FAMILIES["llama"](), tmp_path / "whole", analysis={"ratios": [0.5]})
+
+    def no(*_: Any, **__: Any) -> Any:
+        raise AssertionError("analysed again")
+
+    def torn(self: Steps, number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "step", torn)
+        with pytest.raises(KeyboardInterrupt):
+            planned(FAMILIES["llama"](), tmp_path / "cut short", analysis={"ratios": [0.5]})
+    monkeypatch.setattr("resect.methods.lorashear.analyze", no)
+    again = planned(FAMILIES["llama"](), tmp_path / "cut short", resume=True, analysis={"ratios": [0.5]})
+    assert again.groups == whole.groups
 
 
 def test_what_goes_is_zero_and_cutting_it_changes_nothing(tmp_path: Path) -> None:

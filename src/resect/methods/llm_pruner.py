@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from resect.checkpoint import Progress
-from resect.errors import UsageError
 from resect.graph import Graph
 from resect.methods.method import Method, Units
 from resect.plan import Plan, keep_all, select, select_share, spent_first
@@ -65,7 +64,7 @@ class LLMPruner(Method):
         progress: Progress | None = None,
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
-        tokens = torch.empty(0, 0, dtype=torch.long) if CRITERIA[self.criterion].weights_only else _tokens(data)
+        tokens = torch.empty(0, 0, dtype=torch.long) if CRITERIA[self.criterion].weights_only else data.tokens()
         kinds = [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
         ranges = {str(kind): span for kind, span in (self.blocks or {}).items()} or None
         options: dict[str, Any] = {
@@ -94,13 +93,3 @@ class LLMPruner(Method):
             else:
                 plan = select(graph, scores, keep=1 - (1 - keep) * done, **options)
         return plan, scores
-
-
-def _tokens(data: Data) -> Tensor:
-    """All batches as one, [sequences, length]."""
-    if not all(isinstance(batch, Tensor) for batch in data.batches):
-        raise UsageError(
-            "Gradient criteria of llm-pruner look at the loss of the next token and take batches of tokens [sequences, length]. "
-            "For other networks use criterion l1, l2 or random, or method llm-surgeon."
-        )
-    return torch.cat(list(data.batches))

@@ -7,31 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from resect.checkpoint import Progress
 from resect.errors import UsageError
 from resect.graph import Graph, Group, retrace
+from resect.methods.knowledge import RATIOS, analyze
 from resect.methods.method import Method, Units
 from resect.plan import Plan, keep_all, select
 from resect.recovery import AdapterSettings
-from resect.saliency import adapted_scores
-from resect.statistics import Data, layer_of
+from resect.report import Knowledge
+from resect.saliency import adapted_scores, score
+from resect.statistics import Data, collect, layer_of
 from resect.surgery import Fading
 
 if TYPE_CHECKING:
     from resect.recovery import Steps
 
 
+class Analysis(BaseModel):
+    """How groups are found that stay whole; constants of `resect.analyze`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gamma: float = Field(default=0.1, ge=0, le=1)
+    """The share of groups that stays whole."""
+    ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = RATIOS
+    windows: int = Field(default=8, ge=1)
+    """Of the calibration text, held out for it; at most half of all."""
+
+
 class LoRAShear(Method):
     """Settings of the method; docs/methods.md says which are the paper's."""
 
     kinds: tuple[Literal["heads", "channels", "experts"], ...] = ("heads", "channels")
+    analysis: Analysis | None = Analysis()
+    """None: no group is spared. In a uniform layout none can be, and nothing is analysed."""
+    criterion: Literal["adapted", "element2", "element1", "vector", "mix", "l2", "random"] = "adapted"
+    """`adapted`: the paper's, from what adapters have added so far. The others are LLM-Pruner's, estimated once, before."""
     adapter: AdapterSettings = AdapterSettings()
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
@@ -85,10 +104,13 @@ class LoRAShear(Method):
         """
         from resect.recovery import Steps, adapted, deltas, spent, trained  # PEFT comes with it, and takes seconds
 
-        groups = [group for group in graph.of_kind(*self.kinds) if group.name not in protect]
-        options: dict[str, Any] = {"of": of, "layout": layout, "align": align, "protect": protect}
+        knowledge, data = self._analysed(model, data, layout, progress, seed)
+        spared = set(knowledge.protected if knowledge else ())
+        groups = [group for group in graph.of_kind(*self.kinds) if group.name not in spared.union(protect)]
+        options: dict[str, Any] = {"of": of, "layout": layout, "align": align, "protect": spared.union(protect)}
         options |= {"selection": self.selection, "kinds": self.kinds, "floor": self.floor, "spread": self.spread}
         select(graph, {group.name: torch.zeros(group.units) for group in groups}, keep=keep, **options)  # refused early
+        estimated = self._estimated(model, graph, data, progress, seed)
         plan, scores = keep_all(groups), dict[str, Tensor]()
         with adapted(model, _layers(model, graph), self.adapter, seed=seed) as layers:
             inner = retrace(model, graph)
@@ -103,7 +125,7 @@ class LoRAShear(Method):
             for step in bar:
                 period = self._begins(step)
                 if period:
-                    scores = adapted_scores(twins, base, deltas(layers))
+                    scores = estimated or adapted_scores(twins, base, deltas(layers))
                     share = 1 - (1 - keep) * period / self.periods
                     plans.append(select(graph, scores, keep=share, within=plans[-1], **options))
                     fading.begin(_lost(plans[-1], plans[-2]))
@@ -118,7 +140,51 @@ class LoRAShear(Method):
                 if (step + 1) % self.checkpoint_steps == 0:
                     _note(progress, step + 1, plans, fading, steps)
         scores = progress.get(f"scores-{self.periods}") or {}
-        return plans[-1].model_copy(update={"notes": {"losses": steps.losses}}), scores
+        notes = {"losses": steps.losses} | ({"knowledge": knowledge} if knowledge else {})
+        whole = keep_all([graph.group(name) for name in sorted(spared - set(protect))])
+        return (plans[-1] & whole).model_copy(update={"notes": notes}), scores
+
+    def _analysed(
+        self, model: nn.Module, data: Data, layout: str, progress: Progress, seed: int
+    ) -> tuple[Knowledge | None, Data]:
+        """What the groups are worth, on held-out windows, and the other ones to train on."""
+        if self.analysis is None or layout == "uniform":
+            return None, data
+        tokens, asked = data.tokens(), self.analysis
+        held = min(asked.windows, len(tokens) // 2)
+        if not isinstance(model, PreTrainedModel) or not held:
+            raise UsageError(
+                "The analysis that comes first reads windows of a language model's text, two at least. "
+                "Give it those, or leave it out (settings.analysis=null)."
+            )
+        noted = progress.facts("knowledge")
+        if noted is None:
+            found = analyze(
+                model,
+                text=tokens[:held],
+                kinds=self.kinds,
+                ratios=asked.ratios,
+                gamma=asked.gamma,
+                window=tokens.shape[1],
+                limit=None,
+                seed=seed,
+            )
+            noted = found.model_dump(mode="json")
+            progress.note("knowledge", **noted)
+        rest = tokens[held:].split(max(len(batch) for batch in data.batches))
+        return Knowledge.model_validate(noted), Data(rest, data.objective)
+
+    def _estimated(
+        self, model: nn.Module, graph: Graph, data: Data, progress: Progress, seed: int
+    ) -> dict[str, Tensor]:
+        """Scores of the dense model, where they are asked for."""
+        if self.criterion == "adapted":
+            return {}
+        noted = progress.get("estimated")
+        if noted is None:
+            noted = score(graph, collect(model, data.tokens(), graph, self.criterion, kinds=list(self.kinds)), seed=seed)
+            progress.put("estimated", noted)
+        return noted
 
     def _turn(self, step: int) -> tuple[int, int]:
         """The period, from 0, and the place of a step in it; negative in the warm-up."""

@@ -130,7 +130,7 @@ def prune(
                 with _timed(seconds, "plan"):
                     shared = {"keep": keep, "of": of, "protect": spared, "seed": seed}
                     pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)  # type: ignore[arg-type]
-    losses = plan.notes.get("losses")
+    told = {name: plan.notes[name] for name in ("losses", "knowledge") if name in plan.notes}
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
@@ -141,7 +141,7 @@ def prune(
         "protected": list(spared),
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
-        **({"losses": losses} if losses else {}),
+        **told,
     }
     if vocabulary is not None and not plan_only:
         with _timed(seconds, "tokenizer"):

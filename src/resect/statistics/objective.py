@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from resect.errors import UsageError
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -64,6 +66,15 @@ class Data:
 
     batches: Sequence[Any]
     objective: Objective = field(default_factory=NextToken)
+
+    def tokens(self) -> Tensor:
+        """All batches as one, [sequences, length]; `UsageError` where they are something else."""
+        if not all(isinstance(batch, Tensor) for batch in self.batches):
+            raise UsageError(
+                "Gradient criteria and analyses look at the next token's loss and take batches of tokens [sequences, length]. "
+                "For other networks use method llm-pruner with criterion l1, l2 or random, or method llm-surgeon."
+            )
+        return torch.cat(list(self.batches))
 
 
 def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
