@@ -64,6 +64,7 @@ def main() -> None:
                     continue
                 model, start = resect.load(asked.model), time.perf_counter()
                 given = {**settings, "learning_rate": asked.rate, "criterion": asked.criterion, "analysis": None}
+                given["estimate_windows"] = 16
                 if way == "untrained":
                     given["learning_rate"] = 1e-30  # AdamW's first step is as long as its rate
                 result = resect.prune(

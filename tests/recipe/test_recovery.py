@@ -65,7 +65,7 @@ def test_killed_and_resumed_gives_the_same_file(
             run_recovery(recipes[1])
     assert "--resume" in stopped.value.__notes__[-1]
     assert not (tmp_path / "b").exists()
-    with pytest.raises(UsageError, match="earlier recovery"):
+    with pytest.raises(UsageError, match="earlier run"):
         run_recovery(recipes[1])
     run_recovery(recipes[1], resume=True)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import resect.recipe.runs
 from resect.checkpoint import load, save
 from resect.errors import CheckpointError, DataError, ModelError, NumericsError, UsageError
+from resect.evaluation import parameter_count
 from resect.plan import Pattern, Plan
 from resect.recipe import Recipe, evaluate, evaluation_section, read_recipe, run
 from tests.models import assert_same_function, random_tokens
@@ -171,7 +172,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("resect.recipe.runs._fill", full)
+    monkeypatch.setattr("resect.recipe.runs.fill", full)
     output = tmp_path / "out"
     with pytest.raises(CheckpointError, match="the disk is full") as caught:
         run(recipe_of(dense, text, output))
@@ -298,9 +299,53 @@ def test_a_dry_run_writes_the_pattern(dense: Path, text: Path, tmp_path: Path) -
     assert Pattern.from_json((tmp_path / "out" / "pattern.json").read_text()).layers
 
 
-def test_lorashear_is_a_run_like_any_other(dense: Path, text: Path, tmp_path: Path) -> None:
-    settings = {"warmup_steps": 1, "periods": 2, "period_steps": 2}
-    result = run(recipe_of(dense, text, tmp_path / "out", method="lorashear", settings=settings))
-    assert result.report.status == "complete"
-    assert "lorashear, 2 x 2 steps of fading" in (tmp_path / "out" / "report.md").read_text()
-    assert not (tmp_path / "out.progress").exists()
+LEARNING = {"length": 16, "batch": 4, "tokens": 256, "held_out": 6, "learning_rate": 3e-3}
+
+
+def test_lorashear_runs_all_its_stages_and_goes_on_where_it_was_cut_short(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"warmup_steps": 1, "periods": 2, "period_steps": 2, "analysis": {"ratios": [0.5], "windows": 2}}
+    mixture = {"kind": "dynamic", "rounds": 2, "patience": 2, "tolerance": 0}
+    asked = {"method": "lorashear", "layout": "per-layer", "settings": settings}
+    asked |= {"recovery": {"data": str(text), "settings": {**LEARNING, "mixture": mixture, "distillation": {"weight": 0}}}}
+    whole = run(recipe_of(dense, text, tmp_path / "whole", **asked))
+    report = whole.report
+    assert report.status == "complete"
+    assert report.protected
+    assert report.recovery is not None
+    assert report.recovery.dense is not None
+    assert report.recovery.held_out_after < report.recovery.held_out_before
+    page = (tmp_path / "whole" / "report.md").read_text()
+    assert "lorashear, 2 x 2 steps of fading" in page
+    assert "## Recovery" in page
+    assert "| text 1 |" in page
+    assert not (tmp_path / "whole.progress").exists()
+    assert parameter_count(whole.model) == report.pruned.parameters
+    with monkeypatch.context() as patch:
+        patch.setattr("resect.recovery.recovering.rounds", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(recipe_of(dense, text, tmp_path / "again", **asked))
+    assert "--resume" in stopped.value.__notes__[-1]
+    again = run(recipe_of(dense, text, tmp_path / "again", **asked), resume=True)
+    assert_same_weights(whole.model, again.model)
+
+
+def test_zeros_of_a_pattern_stay_in_a_run_that_ends_with_recovery(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None
+) -> None:
+    asked = {"method": "llm-surgeon", "settings": {"mode": "2:4", "shots": 1}}
+    recovery = {"data": str(text), "teacher": None, "settings": LEARNING}
+    result = run(recipe_of(dense, text, tmp_path / "out", recovery=recovery, **asked))
+    pattern = Pattern.from_json((tmp_path / "out" / "pattern.json").read_text())
+    for name in pattern.zeroed:
+        weight: Any = result.model.get_submodule(name).weight
+        assert ((weight.reshape(-1, 4) == 0).sum(1) >= 2).all(), name
+    assert result.report.recovery is not None
+    assert result.report.recovery.held_out_after < result.report.recovery.held_out_before
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+

@@ -54,6 +54,21 @@ def test_every_mistake_is_named_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_lorashear_ends_with_recovery_on_its_calibration_text() -> None:
+    asked = {"model": "demo", "method": "lorashear", "calibration": {"source": ["c4", "a.txt"]}}
+    recovery = Recipe.from_mapping(asked).recovery
+    assert recovery is not None
+    assert (recovery.data, recovery.teacher) == (("c4", "a.txt"), "dense")
+    assert (recovery.settings.mixture.kind, recovery.settings.distillation.weight) == ("dynamic", 0)
+    elsewhere = Recipe.from_mapping({**asked, "recovery": {"data": "alpaca", "settings": {"rank": 4}}}).recovery
+    assert elsewhere is not None
+    assert (elsewhere.data, elsewhere.settings.rank, elsewhere.settings.mixture.kind) == (("alpaca",), 4, "uniform")
+    assert Recipe.from_mapping({**asked, "recovery": None}).recovery is None
+    assert Recipe.from_mapping({"model": "demo"}).recovery is None
+    with pytest.raises(UsageError, match="recovery=null"):
+        Recipe.from_mapping({"model": "demo", "method": "lorashear"})
+
+
 def test_yaml_is_complete_and_comes_back() -> None:
     recipe = Recipe.from_mapping({"model": "demo", "settings": {"criterion": "l2"}, "evaluation": {"latency": True}})
     values = yaml.safe_load(recipe.to_yaml())

@@ -95,6 +95,10 @@ def prune(
         list[str] | None,
         typer.Option(metavar="FILE", help="Groups that stay whole, repeatable: an analysis.json, or a group's name."),
     ] = None,
+    recover: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Train what is left on this before it is saved, repeatable: as resect recover does."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A recipe that the flags are laid over.")] = None,
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="For text and for random choices. Default: 42.")] = None,
@@ -120,6 +124,7 @@ def prune(
         "calibration.length": length,
         "vocabulary.source": vocabulary or None,
         "protect": protect or None,
+        "recovery.data": recover or None,
         "seed": seed,
         "device": device,
         "dtype": dtype,

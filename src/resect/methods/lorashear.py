@@ -52,6 +52,8 @@ class LoRAShear(Method):
     criterion: Literal["adapted", "element2", "element1", "vector", "mix", "l2", "random"] = "adapted"
     """`adapted`: the paper's, from what adapters have added so far. The others are LLM-Pruner's, estimated once, before."""
     adapter: AdapterSettings = AdapterSettings()
+    estimate_windows: int = Field(default=64, ge=1)
+    """At most so many windows of the calibration text are read for that."""
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
     periods: int = Field(default=5, ge=1)
@@ -182,7 +184,8 @@ class LoRAShear(Method):
             return {}
         noted = progress.get("estimated")
         if noted is None:
-            noted = score(graph, collect(model, data.tokens(), graph, self.criterion, kinds=list(self.kinds)), seed=seed)
+            tokens = data.tokens()[: self.estimate_windows]
+            noted = score(graph, collect(model, tokens, graph, self.criterion, kinds=list(self.kinds)), seed=seed)
             progress.put("estimated", noted)
         return noted
 

@@ -138,7 +138,7 @@ def prune(
         "settings": chosen.model_dump(mode="json"),
         "calibration": provenance,
         "withheld": withheld,
-        "protected": list(spared),
+        "protected": list(dict.fromkeys([*spared, *(told["knowledge"].protected if "knowledge" in told else ())])),
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
         **told,

@@ -43,6 +43,11 @@ class Pattern(BaseModel):
     """`rows-columns`, `unstructured`, or `n:m` for n elements that stay of every m neighbours."""
     layers: Mapping[str, Matrix] = {}
 
+    @property
+    def zeroed(self) -> tuple[str, ...]:
+        """The layers that have zeros."""
+        return tuple(path for path, matrix in self.layers.items() if matrix.zeros)
+
     def to_json(self) -> str:
         """The pattern as JSON, one line per layer."""
         lines = ",\n".join(f'  "{name}": {matrix.model_dump_json(exclude_none=True)}' for name, matrix in self.layers.items())

@@ -21,9 +21,9 @@ from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, UsageError
 from resect.explain import explain
 from resect.plan import Pattern
+from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import assigned, overlaid, read_values
-from resect.recipe.runs import _facts, _fill, _noting, _placed, _resumable
 from resect.recipe.schema import Section, _several
 from resect.recovery import Recovery
 from resect.report import RecoveryReport, peak_memory, recovery_markdown, recovery_report
@@ -96,16 +96,12 @@ def run_recovery(
     main = int(os.environ.get("RANK", "0")) == 0
     directory = check_directory(recipe.output, overwrite=overwrite) if main else Path(recipe.output).expanduser().resolve()
     progress = directory.with_name(f"{directory.name}.progress")
-    if main and resume and not progress.exists():
-        raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
-    if main and progress.exists() and not (resume or overwrite):
-        raise UsageError(
-            f"{progress} holds what an earlier recovery has done. Go on with it (--resume), or begin anew (--overwrite)."
-        )
+    if main:
+        progress_of(directory, resume=resume, overwrite=overwrite)
     if "tensorboard" in recipe.settings.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory.with_name(f"{directory.name}.logs")))
     stages = Stages(announce if main else None)
-    with _resumable(progress), _noting(f"Nothing was written to {directory}."):
+    with resumable(progress), noting(f"Nothing was written to {directory}."):
         found, pattern = _recovered(recipe, progress, resume=resume, stages=stages)
         report = recovery_report(recipe.model_dump(mode="json"), found.facts)
         report.zeros_kept = _check_zeros(found.model, pattern)
@@ -139,7 +135,7 @@ def _recovered(
             data=recipe.data,
             settings=recipe.settings,
             teacher=teacher,
-            keep_zeros=[path for path, matrix in pattern.layers.items() if matrix.zeros] if pattern else (),
+            keep_zeros=pattern.zeroed if pattern else (),
             seed=recipe.seed,
             progress=progress,
             resume=resume,
@@ -188,7 +184,7 @@ def _save(
     place = Path(find(recipe.model).place)
     extra = {name: (place / name).read_text(encoding="utf-8") for name in KEPT if (place / name).is_file()}
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    with _placed(directory, overwrite) as partial:
+    with placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
             saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra)
             if found.adapter is not None:
@@ -196,10 +192,10 @@ def _save(
                 report.adapter = _adapter_note(recipe.model, pattern, saved.layout)
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, found.model)
-        report.saved = _facts(saved, directory)
+        report.saved = facts(saved, directory)
         report.seconds, report.peak_memory_bytes = dict(stages.seconds), peak_memory()
         texts = {"report.json": report.to_json(), "report.md": recovery_markdown(report)}
-        _fill(partial, texts | {"recipe.yaml": HEADER + recipe.to_yaml()})
+        fill(partial, texts | {"recipe.yaml": HEADER + recipe.to_yaml()})
 
 
 def _adapter_note(model: str, pattern: Pattern | None, layout: str) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from resect.calibration import HeldOut
-from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
+from resect.checkpoint import check_directory, load, load_tokenizer, save, verify, whole_directory
 from resect.checkpoint.load import find
+from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
 from resect.methods import Result, Vocabulary, prune
 from resect.plan import Plan
+from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
 from resect.recipe.measure import (
     Announce,
     Observed,
@@ -35,7 +36,8 @@ from resect.recipe.measure import (
     timed,
     weight_bytes,
 )
-from resect.recipe.schema import Recipe
+from resect.recipe.schema import DENSE, Recipe
+from resect.recovery import Facts
 from resect.report import RunReport, peak_memory, run_markdown, run_report
 
 HEADER = "# Everything that this run was asked for, defaults written out. Again: resect run recipe.yaml -o DIRECTORY\n"
@@ -60,23 +62,18 @@ def run(
     resume: bool = False,
     announce: Announce | None = None,
 ) -> RunResult:
-    """Loads, evaluates, prunes, saves, verifies in a fresh process, evaluates again, and reports.
+    """Loads, evaluates, prunes, recovers, saves, verifies in a fresh process, evaluates again, and reports.
 
     The run directory holds the model's files, plan.json, recipe.yaml, report.json and report.md. It appears whole, once the
     saved model was verified; the pruned model's measurements are added to the reports afterwards. `dry_run` stops at the
-    plan. A method of many shots notes them beside the run directory until the model is saved; `resume` goes on from there.
+    plan. Shots of a method and states of a recovery are noted beside the run directory until the model is saved; `resume`
+    goes on from there.
     `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
     on the exception says what there is.
     """
     directory = _directory(recipe, overwrite)
-    progress = directory.with_name(f"{directory.name}.progress")
-    if resume and not progress.exists():
-        raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
-    if progress.exists() and not (resume or overwrite):
-        raise UsageError(
-            f"{progress} holds what an earlier run has done. Go on with it (--resume, resume=True), or begin anew (--overwrite)."
-        )
-    with _resumable(progress), _noting(f"Nothing was written to {directory}."):
+    progress = progress_of(directory, resume=resume, overwrite=overwrite)
+    with resumable(progress), noting(f"Nothing was written to {directory}."):
         return _run(
             recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)
         )
@@ -101,6 +98,8 @@ def _run(
     stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
     report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense.figures if dense else None)
     report.prompts = list(asked.generations)
+    if recipe.recovery is not None and not dry_run:
+        report.recovery = _recover(recipe, result, progress=progress, resume=resume, stages=stages)
     if dry_run:
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _pattern(result)
         _write_plan(directory, files, overwrite=overwrite)
@@ -109,7 +108,7 @@ def _run(
         return RunResult(directory, result.plan, report, model)
     _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
     shutil.rmtree(progress, ignore_errors=True)
-    with _noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
+    with noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
         _measure_pruned(recipe, model, result.tokenizer, report=report, dense=dense, texts=texts, tasks=tasks, stages=stages)
@@ -169,6 +168,32 @@ def _prune(
     )
 
 
+def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, stages: Stages) -> Facts:
+    """Trains what is left, as the recipe says."""
+    from resect.recovery import recover  # brings PEFT and the Trainer, which other runs need not wait for
+
+    asked = recipe.recovery
+    assert asked is not None
+    assert isinstance(result.model, PreTrainedModel)
+    teacher = None
+    if asked.teacher is not None:
+        name = recipe.model if asked.teacher == DENSE else asked.teacher
+        teacher, _ = _load(recipe.model_copy(update={"model": name}), stages)
+    with stages("recover", f"train on {', '.join(asked.data)}"), quiet():
+        return recover(
+            result.model,
+            result.tokenizer,
+            data=asked.data,
+            settings=asked.settings,
+            teacher=teacher,
+            keep_zeros=result.pattern.zeroed if result.pattern else (),
+            seed=recipe.seed,
+            progress=progress / "recovery",
+            resume=resume,
+            say=stages.announce,
+        ).facts
+
+
 def _pattern(result: Result) -> dict[str, str]:
     """What stays of single matrices, as a file by name, where that was the decision."""
     return {"pattern.json": result.pattern.to_json()} if result.pattern else {}
@@ -179,17 +204,17 @@ def _save(
 ) -> None:
     """Writes the whole run directory, which gets its name only when a fresh process gave the model's logits."""
     assert isinstance(result.model, PreTrainedModel)
-    with _placed(directory, overwrite) as partial:
+    with placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
             saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_pattern(result))
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
-        report.saved = _facts(saved, directory)
+        report.saved = facts(saved, directory)
         report.pruned.file_bytes = weight_bytes(str(partial))
         if not find(recipe.model).gguf:  # quantised, and no measure of what was removed
             report.dense.file_bytes = weight_bytes(recipe.model)
         report.status = "saved"
-        _fill(partial, _texts(recipe, report, stages))
+        fill(partial, _texts(recipe, report, stages))
 
 
 def _measure_pruned(
@@ -227,10 +252,6 @@ def _measure_pruned(
     report.dense.timings, report.pruned.timings = timings.get("dense"), timings["pruned"]
 
 
-def _facts(saved: Saved, directory: Path) -> dict[str, Any]:
-    return asdict(replace(saved, directory=str(directory), changes=dict(saved.changes)))
-
-
 def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
     """The text files of a run, as they are now."""
     report.seconds = dict(stages.seconds)
@@ -240,12 +261,7 @@ def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
 
 def _write_plan(directory: Path, files: Mapping[str, str], *, overwrite: bool) -> None:
     with whole_directory(directory, overwrite=overwrite) as partial:
-        _fill(partial, files)
-
-
-def _fill(directory: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        fill(partial, files)
 
 
 def _replace(directory: Path, files: Mapping[str, str]) -> None:
@@ -264,39 +280,3 @@ def _replace(directory: Path, files: Mapping[str, str]) -> None:
             ) from problem
         finally:
             partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _placed(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill, renamed when whole; errors speak of the name that was asked for."""
-    partial = directory
-    try:
-        with whole_directory(directory, overwrite=overwrite) as partial:
-            yield partial
-    except CheckpointError as problem:
-        said = str(problem).replace(str(partial), str(directory))
-        raise CheckpointError(said) from problem
-
-
-@contextmanager
-def _resumable(progress: Path) -> Iterator[None]:
-    """Adds to whatever stops the block where it can go on."""
-    try:
-        yield
-    except BaseException as problem:
-        if progress.exists() and [file.name for file in progress.iterdir()] == ["asked.json"]:
-            shutil.rmtree(progress)
-        elif progress.exists():
-            problem.add_note(f"What is done is noted in {progress}: run the same again with --resume (resume=True) to go on.")
-        raise
-
-
-@contextmanager
-def _noting(note: str) -> Iterator[None]:
-    """Adds to whatever stops the block a note of how things stand, unless there is a more exact one."""
-    try:
-        yield
-    except BaseException as problem:
-        if not getattr(problem, "__notes__", None):
-            problem.add_note(note)
-        raise

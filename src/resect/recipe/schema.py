@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from resect.errors import UsageError, nearest
 from resect.explain import explain
+from resect.recovery.settings import Recovery
 
 
 def _several(value: Any) -> Any:
@@ -20,6 +30,11 @@ def _several(value: Any) -> Any:
 def _timing(value: Any) -> Any:
     """`true` asks for the default timing, `false` for none."""
     return {} if value is True else None if value is False else value
+
+
+def _learning(value: Any) -> Any:
+    """Texts stand for the section that names them."""
+    return {"data": value} if isinstance(value, str | list | tuple) else value
 
 
 def _source(value: Any) -> Any:
@@ -95,6 +110,22 @@ class EvaluationSection(Section):
     """Whether the prompts are messages, put into the tokenizer's chat template."""
 
 
+DYNAMIC = {"mixture": {"kind": "dynamic"}, "distillation": {"weight": 0}}
+"""Recovery as LoRAShear has it: the dense model measures, and does not teach."""
+DENSE = "dense"
+"""The name by which a recipe means the model that it prunes, as it was."""
+
+
+class RecoverySection(Section):
+    """Training after the cut, before the result is saved; `resect recover` does the same to what was saved."""
+
+    data: Annotated[Texts, Field(min_length=1)]
+    """Files, hub data sets or `demo`: texts, then instructions where the mixture is dynamic."""
+    teacher: str | None = DENSE
+    """A model by name; `dense` is the one that is pruned. None: nobody."""
+    settings: Recovery = Recovery()
+
+
 class Recipe(Section):
     """A complete description of a run; `to_yaml` writes out every default, so that running it again is the reproduction."""
 
@@ -114,6 +145,8 @@ class Recipe(Section):
     """Groups that stay whole, by name, and analyses (`.json`) that found some."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)
     """The method's own."""
+    recovery: Annotated[RecoverySection | None, BeforeValidator(_learning)] = None
+    """None: what is left is not trained. `lorashear` trains on its calibration text in a dynamic mixture, unless this is said."""
     evaluation: EvaluationSection = EvaluationSection()
     seed: int = Field(default=42, ge=0)
     device: str = "cpu"
@@ -148,6 +181,21 @@ class Recipe(Section):
             return kind.model_validate(settings).model_dump(mode="json")
         except ValidationError as problem:
             raise ValueError(explain(problem, kind, at="settings")) from problem
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last_stages(cls, values: Any) -> Any:
+        """LoRAShear ends with recovery, in a dynamic mixture of its calibration text unless something else is said."""
+        if not isinstance(values, Mapping) or values.get("method") != "lorashear" or values.get("recovery", {}) is None:
+            return values
+        calibration, asked = values.get("calibration"), _learning(values.get("recovery", {}))
+        source = _several(calibration.get("source")) if isinstance(calibration, Mapping) else None
+        if not (source or asked):
+            raise ValueError(
+                "method = lorashear ends with recovery, and no text is named for it. Name one (--recover FILE, or --data FILE "
+                "for calibration too), or stop before it (recovery=null)."
+            )
+        return {**values, "recovery": {"data": source, "settings": DYNAMIC, **asked}}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:

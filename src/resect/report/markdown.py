@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from resect.report.figures import before_and_after
 from resect.report.layers import bar, kinds_of, layer_rows, spans
+from resect.report.recovery import facts_markdown
 from resect.report.results import RunReport
 from resect.report.words import LOADS, asked, kept_shares, protected_lines, protocol, provenance, vocabulary_lines
 
@@ -30,6 +31,7 @@ def run_markdown(report: RunReport) -> str:
         _layers(report),
         *_withheld(report),
         _bullets([*protected_lines(report), *vocabulary_lines(report)]),
+        *(["## Recovery", *facts_markdown(report.recovery, level="###")] if report.recovery else []),
         *_generations(report),
         "## Calibration",
         _calibration(report),

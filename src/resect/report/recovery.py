@@ -16,6 +16,7 @@ from resect.report.machine import machine, versions
 from resect.report.results import SCHEMA, Record
 
 LOSSES_SHOWN = 20
+BEHIND = "Behind the dense model, nats per token"
 
 
 class RecoveryReport(Record):
@@ -45,19 +46,29 @@ def recovery_report(recipe: Mapping[str, Any], facts: Facts) -> RecoveryReport:
 
 def recovery_tables(report: RecoveryReport) -> Group:
     """Before and after for every source, the rounds of a dynamic mixture, and what was left out."""
-    parts: list[RenderableType] = [Text(_asked(report), style="bold"), _table(*_losses(report))]
-    if report.facts.rounds:
-        parts += [Text("Behind the dense model, nats per token", style="bold"), _table(*_rounds(report))]
-    parts += [Text(line) for line in _lines(report)]
-    return Group(*parts)
+    return Group(Text(_asked(report), style="bold"), *facts_tables(report.facts), *map(Text, _more(report)))
+
+
+def facts_tables(facts: Facts) -> list[RenderableType]:
+    """What was measured and what was trained, for a terminal."""
+    parts: list[RenderableType] = [_table(*_losses(facts))]
+    if facts.rounds:
+        parts += [Text(BEHIND, style="bold"), _table(*_rounds(facts))]
+    return [*parts, *map(Text, _lines(facts))]
+
+
+def facts_markdown(facts: Facts, *, level: str = "##") -> list[str]:
+    """The same as Markdown, with the loss over steps; headings have this level."""
+    parts = [_markdown(*_losses(facts)), *_lines(facts)]
+    if facts.rounds:
+        parts += [f"{level} {BEHIND}", _markdown(*_rounds(facts))]
+    courses = (_course(training.model_dump(), level=f"{level}#") for training in facts.trainings)
+    return [*parts, f"{level} Loss over steps", *courses]
 
 
 def recovery_markdown(report: RecoveryReport) -> str:
     """The same, with the loss over steps and everything needed to judge and repeat it."""
-    parts = [f"# {_asked(report)}", _markdown(*_losses(report)), *_lines(report)]
-    if report.facts.rounds:
-        parts += ["## Behind the dense model, nats per token", _markdown(*_rounds(report))]
-    parts += ["## Loss over steps", *(_course(training.model_dump()) for training in report.facts.trainings)]
+    parts = [f"# {_asked(report)}", *_more(report), *facts_markdown(report.facts)]
     parts += ["## Seconds", _markdown(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in report.seconds.items()])]
     facts = [*report.versions.items(), *((name, str(value)) for name, value in report.machine.items())]
     parts += ["## Made with", _markdown(["what", "which"], [[name, value] for name, value in facts])]
@@ -72,9 +83,8 @@ def _asked(report: RecoveryReport) -> str:
     return f"{report.recipe['model']}: recovered on {tokens:,} tokens ({what}{teacher})"
 
 
-def _losses(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
+def _losses(facts: Facts) -> tuple[list[str], list[list[str]]]:
     """Held-out perplexity and what each source gave, a row each."""
-    facts = report.facts
     head = ["held-out perplexity", "before", "after", *(["dense"] if facts.dense else []), "examples", "held out"]
     rows = []
     for counts in facts.sources:
@@ -84,11 +94,11 @@ def _losses(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _rounds(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
+def _rounds(facts: Facts) -> tuple[list[str], list[list[str]]]:
     """A row per round: the weighted gap, then gap and share of every source."""
-    sources = list(dict.fromkeys(source for one in report.facts.rounds for source in one.gaps))
+    sources = list(dict.fromkeys(source for one in facts.rounds for source in one.gaps))
     rows = []
-    for one in report.facts.rounds:
+    for one in facts.rounds:
         cells = [
             f"{one.gaps[source]:.3f}" + (f" ({one.weights[source]:.0%})" if one.weights else "") if source in one.gaps else ""
             for source in sources
@@ -97,9 +107,8 @@ def _rounds(report: RecoveryReport) -> tuple[list[str], list[list[str]]]:
     return ["round", "weighted", *(f"{source} (share)" for source in sources)], rows
 
 
-def _lines(report: RecoveryReport) -> list[str]:
-    """What was trained for how long, what was left out, and how it loads."""
-    facts = report.facts
+def _lines(facts: Facts) -> list[str]:
+    """What was trained for how long, and what was left out."""
     tokens = sum(training.tokens for training in facts.trainings)
     seconds = sum(training.seconds for training in facts.trainings)
     steps = sum(training.steps for training in facts.trainings)
@@ -114,12 +123,16 @@ def _lines(report: RecoveryReport) -> list[str]:
         if counts.remainder:
             left.append(f"{counts.remainder:,} at the end of {counts.tokens + counts.remainder:,} tokens fill no window")
         lines += [f"{counts.source}: {'; '.join(left)}."] if left else []
-    lines += [f"{report.zeros_kept:,} zeros of the sparsity pattern are still zero."] if report.zeros_kept else []
-    lines += [f"Low-rank terms alone: {report.adapter}."] if report.adapter else []
     return lines
 
 
-def _course(training: Mapping[str, Any]) -> str:
+def _more(report: RecoveryReport) -> list[str]:
+    """Zeros that stayed, and how the low-rank terms load."""
+    lines = [f"{report.zeros_kept:,} zeros of the sparsity pattern are still zero."] if report.zeros_kept else []
+    return lines + ([f"Low-rank terms alone: {report.adapter}."] if report.adapter else [])
+
+
+def _course(training: Mapping[str, Any], *, level: str) -> str:
     """The losses of a training, thinned, with the held-out ones beside them."""
     losses, measured = training["losses"], dict(training["held_out"])
     every = max(1, len(losses) // LOSSES_SHOWN)
@@ -129,7 +142,7 @@ def _course(training: Mapping[str, Any]) -> str:
         [str(step), f"{shown[step]:.4f}" if step in shown else "", f"{measured[step]:.4f}" if step in measured else ""]
         for step in steps
     ]
-    return f"### {training['name']}\n\n" + _markdown(["step", "loss", "held-out loss"], rows)
+    return f"{level} {training['name']}\n\n" + _markdown(["step", "loss", "held-out loss"], rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from resect.evaluation import Agreement, Answers, Flips, Interval, Latency, Perplexity, Spread
+from resect.recovery import Facts
 from resect.report.machine import machine, versions
 
 SCHEMA: Final = 1
@@ -252,6 +253,8 @@ class RunReport(Record):
     """Why axes are kept whole."""
     calibration: dict[str, Any] | None = None
     """Where the text came from; None where the criterion needs none."""
+    recovery: Facts | None = None
+    """What training after the cut did; None where there was none."""
     cut_equals_mask: dict[str, float] | None = None
     """`difference`, the largest of the logits of the cut model and the masked one, and what is `allowed`."""
     saved: dict[str, Any] | None = None

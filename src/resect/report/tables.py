@@ -13,6 +13,7 @@ from resect.report.figures import Figure, agreement_figures, before_and_after, f
 from resect.report.inspection import Inspection
 from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
 from resect.report.picture import inspection_tree
+from resect.report.recovery import facts_tables
 from resect.report.results import EvaluationReport, Measured, RunReport
 from resect.report.words import asked, measuring, protected_lines, protocol, provenance, vocabulary_lines
 
@@ -39,6 +40,8 @@ def run_tables(report: RunReport) -> Group:
     ]
     parts += [Text(f"{kind} stay whole: {why}", style="yellow") for kind, why in report.withheld.items()]
     parts += [Text(line) for line in (*protected_lines(report), *vocabulary_lines(report))]
+    if report.recovery:
+        parts += [Text("Recovery", style="bold"), *facts_tables(report.recovery)]
     if report.prompts and report.pruned.generations:
         parts += [Text("Greedy continuations", style="bold"), _generations(report)]
     parts.append(Text(provenance(report), style="dim"))

@@ -34,10 +34,10 @@ def asked(report: RunReport) -> str:
 
 def _decides(settings: Mapping[str, Any]) -> str:
     """What of a method's settings says most about it."""
-    if "criterion" in settings:
-        return str(settings["criterion"])
     if "periods" in settings:
         return f"{settings['periods']} x {settings['period_steps']} steps of fading"
+    if "criterion" in settings:
+        return str(settings["criterion"])
     return f"{settings['mode']}, {settings['shots']} shot{'s' if settings['shots'] > 1 else ''}"
 
 
