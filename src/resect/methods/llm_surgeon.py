@@ -20,7 +20,7 @@ from resect.checkpoint import Progress
 from resect.errors import FewPositions, UsageError
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
-from resect.methods.method import Method, Units
+from resect.methods.method import Method, Shot, Units
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.plan import Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
@@ -102,8 +102,11 @@ class LLMSurgeon(Method):
         What earlier shots than the last one removed is made up for in the weights; `make_up` does it for the last.
         """
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "protect": protect}
-        *_, (_, plan, scores) = self.shots_of(model, graph, data, asked, seed=seed, progress=progress)
-        return plan, scores
+        plan, scores, shots = keep_all(graph.of_kind(*self.kinds)), dict[str, Tensor](), list[Shot]()
+        for _, after, scores in self.shots_of(model, graph, data, asked, seed=seed, progress=progress):
+            shots.append(Shot.of(after, plan, scores))
+            plan = after
+        return plan.model_copy(update={"notes": {"shots": shots}}), scores
 
     def shots_of(
         self, model: nn.Module, graph: Graph, data: Data, asked: Mapping[str, Any], *, seed: int = 42, progress: Progress

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from resect.checkpoint import Progress
 from resect.errors import UsageError
 from resect.graph import Graph, Group, retrace
 from resect.methods.knowledge import RATIOS, analyze
-from resect.methods.method import Method, Units
+from resect.methods.method import Method, Shot, Units
 from resect.plan import Plan, keep_all, select
 from resect.recovery import AdapterSettings
 from resect.report import Knowledge
@@ -142,7 +143,11 @@ class LoRAShear(Method):
                 if (step + 1) % self.checkpoint_steps == 0:
                     _note(progress, step + 1, plans, fading, steps)
         scores = progress.get(f"scores-{self.periods}") or {}
-        notes = {"losses": steps.losses} | ({"knowledge": knowledge} if knowledge else {})
+        shots = [
+            Shot.of(after, before, progress.get(f"scores-{period}") or {})
+            for period, (before, after) in enumerate(pairwise(plans), start=1)
+        ]
+        notes = {"losses": steps.losses, "shots": shots} | ({"knowledge": knowledge} if knowledge else {})
         whole = keep_all([graph.group(name) for name in sorted(spared - set(protect))])
         return (plans[-1] & whole).model_copy(update={"notes": notes}), scores
 

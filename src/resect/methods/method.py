@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,20 @@ from resect.plan import Pattern, Plan
 from resect.statistics import Data
 
 Units = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What a shot left, and the summed scores of what went in it."""
+
+    plan: Plan
+    loss: float
+
+    @classmethod
+    def of(cls, plan: Plan, before: Plan, scores: Mapping[str, Tensor]) -> Shot:
+        """The step from one plan to the next."""
+        gone = {name: sorted(set(before.groups[name].keep) - set(kept.keep)) for name, kept in plan.groups.items()}
+        return cls(plan, sum(float(scores[name][units].double().sum()) for name, units in gone.items() if units))
 
 
 class Method(BaseModel, ABC):
@@ -71,7 +86,10 @@ class Method(BaseModel, ABC):
         seed: int = 42,
         progress: Progress,
     ) -> tuple[Plan, dict[str, Tensor]]:
-        """Which units stay, and the last scores: `{group: [units]}`. Groups that `protect` names stay whole."""
+        """Which units stay, and the last scores: `{group: [units]}`. Groups that `protect` names stay whole.
+
+        The plan's notes may hold `shots`, a `Shot` each, and `losses` of training steps.
+        """
 
     def sparsify(
         self,

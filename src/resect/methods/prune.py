@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,16 @@ from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.lorashear import LoRAShear
-from resect.methods.method import Method
+from resect.methods.method import Method, Shot
 from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
-from resect.plan import LAYOUTS, Pattern, Plan, keep_all
+from resect.plan import LAYOUTS, Pattern, Plan, keep_all, part_of
 from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check, gather_and_check
 
+Watch = Callable[[nn.Module, Graph, Sequence[Plan]], None]
+"""Takes the dense model, its graph, and plans from the one that keeps all to the final one."""
 METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon, "lorashear": LoRAShear}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
 
@@ -72,6 +74,8 @@ def prune(
     inputs: Any = None,
     progress: str | Path | None = None,
     resume: bool = False,
+    watch: Watch | None = None,
+    stops: int = 0,
 ) -> Result:
     """Prunes a model in place and checks that the cut model computes what the masked one does.
 
@@ -84,6 +88,8 @@ def prune(
     A network that takes no tokens is traced with `inputs` and calibrated with `Data`: batches, and what is predicted from them.
     `progress` is a directory in which long methods note what is done; with `resume`, what is found there is not done again,
     and the result is the same to the bit. Remove it when the result is safe.
+    `watch` is shown the dense model, its graph and plans from keeping all to the final one, before anything is cut: those of the
+    shots, or else of `stops` stops on the way. Only methods that leave the weights alone can be watched.
     Raises `UsageError`, `DataError`, `ModelError` or `NumericsError`.
     """
     chosen = method_settings(method, settings)
@@ -91,6 +97,11 @@ def prune(
         raise UsageError(f"There is no layout {layout!r}. {nearest(layout, LAYOUTS)}")
     if not 0 < keep <= 1:
         raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
+    if watch is not None and (chosen.writes or chosen.compensation is not None or not chosen.coupled):
+        raise UsageError(
+            f"Perplexity over sizes was asked for; it is measured with masks on the dense model, and {method} changes weights "
+            "with these settings. Leave evaluation.curve out."
+        )
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         graph = trace(model, inputs)
@@ -122,6 +133,9 @@ def prune(
             if chosen.coupled:
                 with _timed(seconds, "plan"):
                     plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
+                if watch is not None:
+                    with _timed(seconds, "curve"):
+                        watch(model, graph, _way(plan, scores, stops))
                 if not plan_only:
                     with _timed(seconds, "compensate"):
                         chosen.make_up(model, graph, plan, given, notes)
@@ -130,6 +144,7 @@ def prune(
                 with _timed(seconds, "plan"):
                     shared = {"keep": keep, "of": of, "protect": spared, "seed": seed}
                     pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)  # type: ignore[arg-type]
+    shots = plan.notes.get("shots", [])
     told = {name: plan.notes[name] for name in ("losses", "knowledge") if name in plan.notes}
     plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
     plan &= trimmed
@@ -142,6 +157,7 @@ def prune(
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "seconds": seconds,
         **told,
+        "shots": [_sizes(graph, shot.plan) | {"number": number, "loss": shot.loss} for number, shot in enumerate(shots, 1)],
     }
     if vocabulary is not None and not plan_only:
         with _timed(seconds, "tokenizer"):
@@ -230,6 +246,24 @@ def _undone(model: nn.Module, *, undo: bool) -> Iterator[None]:
         with torch.no_grad():
             for name, tensor in before.items():
                 model.get_parameter(name).copy_(tensor)
+
+
+def _way(plan: Plan, scores: Mapping[str, Tensor], stops: int) -> list[Plan]:
+    """Plans from the one that keeps all to the final one: those of the shots, or `stops` between."""
+    shots: Sequence[Shot] = plan.notes.get("shots", [])
+    if len(shots) > 1:
+        return [part_of(plan, scores, 0.0), *(shot.plan for shot in shots)]
+    return [part_of(plan, scores, stop / (stops + 1)) for stop in range(stops + 2)]
+
+
+def _sizes(graph: Graph, plan: Plan) -> dict[str, int]:
+    """Parameters and multiply-accumulates that a plan leaves, by formula."""
+    removed = plan.removed()
+    return {
+        "parameters": graph.parameter_count(removed),
+        "block_parameters": graph.parameter_count(removed, blocks_only=True),
+        "macs": graph.macs(removed),
+    }
 
 
 def _report(graph: Graph, plan: Plan) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from resect.plan.pattern import Matrix, Pattern, lowest, rows_and_columns
 from resect.plan.plan import Kept, Plan, keep_all
-from resect.plan.select import LAYOUTS, OF, SELECTIONS, Ranges, cost_of, select, select_share, spent_first
+from resect.plan.select import LAYOUTS, OF, SELECTIONS, Ranges, cost_of, part_of, select, select_share, spent_first
 
 __all__ = [
     "LAYOUTS",
@@ -16,6 +16,7 @@ __all__ = [
     "cost_of",
     "keep_all",
     "lowest",
+    "part_of",
     "rows_and_columns",
     "select",
     "select_share",

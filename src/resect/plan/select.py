@@ -339,6 +339,19 @@ def _give_back(
     return removed
 
 
+def part_of(plan: Plan, scores: Mapping[str, Tensor], share: float) -> Plan:
+    """A stop on the way to a plan: of what it removes from every group, the share that goes first by the scores, rounded."""
+    groups = {}
+    for name, kept in plan.groups.items():
+        stays = set(kept.keep)
+        order = scores[name].argsort(stable=True).tolist() if kept.removed else []
+        going = [unit for unit in order if unit not in stays]
+        gone = set(going[: round(share * len(going))])
+        keep = tuple(unit for unit in range(kept.units) if unit not in gone)
+        groups[name] = kept.model_copy(update={"keep": keep})
+    return Plan(groups=groups)
+
+
 def spent_first(values: Tensor, plan: Plan, group: str) -> Tensor:
     """What an earlier plan removed is worth nothing now, whatever the criterion says."""
     if group not in plan.groups:

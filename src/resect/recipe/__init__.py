@@ -1,6 +1,7 @@
 """Recipes: everything that a run needs in one file, and carrying it out."""
 
 from resect.recipe.analysis import analysis
+from resect.recipe.comparing import compare
 from resect.recipe.measure import conversations, evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
 from resect.recipe.recovery import RecoveryRecipe, RecoveryResult, read_recovery_recipe, run_recovery
@@ -17,6 +18,7 @@ __all__ = [
     "Timing",
     "VocabularySection",
     "analysis",
+    "compare",
     "conversations",
     "evaluate",
     "evaluation_section",

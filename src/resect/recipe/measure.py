@@ -32,10 +32,13 @@ from resect.evaluation import (
     perplexity,
     tasks_named,
 )
-from resect.graph import VOCABULARY
+from resect.graph import VOCABULARY, Graph
 from resect.methods import Result
+from resect.plan import Plan
 from resect.recipe.schema import EvaluationSection, Timing
 from resect.report import (
+    Curve,
+    CurvePoint,
     Difference,
     EvaluationReport,
     Measured,
@@ -49,8 +52,11 @@ from resect.report import (
     mean_of,
     versions,
 )
+from resect.surgery import masked
 
 Announce = Callable[[str], None]
+CURVE_TOKENS = 2048
+"""That each size of a curve is measured on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -225,6 +231,34 @@ def agreements(
             value = agreement(model, reference, held.tokens, window=window, bos=bos, name=label)
             found.append(TextAgreement.of(value, text=short(text)))
     return found
+
+
+def curve_of(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    graph: Graph,
+    plans: Sequence[Plan],
+    *,
+    asked: EvaluationSection,
+    texts: Mapping[str, HeldOut],
+) -> Curve:
+    """Perplexity with what each plan removes masked, on the first text in windows of the first size: few tokens, many sizes."""
+    text, window, points = next(iter(texts)), asked.windows[0], []
+    tokens = texts[text].tokens[: max(CURVE_TOKENS, window)]
+    for number, plan in enumerate(plans):
+        removed = plan.removed()
+        with masked(model, plan, graph):
+            name = f"size {number + 1} of {len(plans)}"
+            found = perplexity(model, tokens, window=window, bos=bos_token(asked, tokenizer), name=name)
+        points.append(
+            CurvePoint(
+                parameters=graph.parameter_count(removed),
+                block_parameters=graph.parameter_count(removed, blocks_only=True),
+                macs=graph.macs(removed),
+                perplexity=found.value,
+            )
+        )
+    return Curve(text=short(text), window=window, tokens=found.tokens, digest=digest(tokens), points=points)
 
 
 def compared(observed: Observed, first: Observed) -> list[Difference]:

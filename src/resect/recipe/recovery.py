@@ -26,7 +26,7 @@ from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import assigned, overlaid, read_values
 from resect.recipe.schema import Section, _several
 from resect.recovery import Recovery
-from resect.report import RecoveryReport, peak_memory, recovery_markdown, recovery_report
+from resect.report import RecoveryReport, peak_memory, recovery_html, recovery_markdown, recovery_report
 
 if TYPE_CHECKING:
     from resect.recovery import Recovered
@@ -87,9 +87,9 @@ def run_recovery(
 ) -> RecoveryResult:
     """Loads, trains, merges, saves, verifies in a fresh process, and reports.
 
-    The directory holds the model, `adapter/`, plan.json and pattern.json where there were any, recipe.yaml, report.json and
-    report.md, and appears whole. States are noted beside it until then; `resume` goes on from there. Under torchrun or
-    accelerate launch all processes train, and the first writes. Raises the errors of the rooms.
+    The directory holds the model, `adapter/`, plan.json and pattern.json where there were any, recipe.yaml and the report as
+    HTML, Markdown and JSON, and appears whole. States are noted beside it until then; `resume` goes on from there. Under
+    torchrun or accelerate launch all processes train, and the first writes. Raises the errors of the rooms.
     """
     if not recipe.output:
         raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
@@ -194,7 +194,7 @@ def _save(
             report.reload_difference = verify(partial, found.model)
         report.saved = facts(saved, directory)
         report.seconds, report.peak_memory_bytes = dict(stages.seconds), peak_memory()
-        texts = {"report.json": report.to_json(), "report.md": recovery_markdown(report)}
+        texts = {"report.json": report.to_json(), "report.md": recovery_markdown(report), "report.html": recovery_html(report)}
         fill(partial, texts | {"recipe.yaml": HEADER + recipe.to_yaml()})
 
 

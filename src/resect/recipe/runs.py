@@ -17,6 +17,7 @@ from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
+from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
 from resect.plan import Plan
 from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
@@ -27,6 +28,7 @@ from resect.recipe.measure import (
     agreements,
     bos_token,
     compared,
+    curve_of,
     device_of,
     dtype_of,
     measure,
@@ -38,7 +40,7 @@ from resect.recipe.measure import (
 )
 from resect.recipe.schema import DENSE, Recipe
 from resect.recovery import Facts
-from resect.report import RunReport, peak_memory, run_markdown, run_report
+from resect.report import Curve, Knowledge, RunReport, peak_memory, run_html, run_markdown, run_report, saliency
 
 HEADER = "# Everything that this run was asked for, defaults written out. Again: resect run recipe.yaml -o DIRECTORY\n"
 
@@ -64,8 +66,8 @@ def run(
 ) -> RunResult:
     """Loads, evaluates, prunes, recovers, saves, verifies in a fresh process, evaluates again, and reports.
 
-    The run directory holds the model's files, plan.json, recipe.yaml, report.json and report.md. It appears whole, once the
-    saved model was verified; the pruned model's measurements are added to the reports afterwards. `dry_run` stops at the
+    The run directory holds the model's files, plan.json, recipe.yaml and the report as HTML, Markdown and JSON. It appears whole,
+    once the saved model was verified; the pruned model's measurements are added to the reports afterwards. `dry_run` stops at the
     plan. Shots of a method and states of a recovery are noted beside the run directory until the model is saved; `resume`
     goes on from there.
     `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
@@ -94,10 +96,17 @@ def _run(
         with stages("evaluate dense", "evaluate the dense model"):
             dense = measure(model, tokenizer, asked, texts=texts, tasks=tasks, name="dense")
     with stages("prune", _pruning(recipe)):
-        result = _prune(recipe, model, tokenizer, plan_only=dry_run, progress=progress, resume=resume)
+        result, curve = _prune(recipe, model, tokenizer, texts=texts, plan_only=dry_run, progress=progress, resume=resume)
     stages.seconds |= {f"prune: {stage}": seconds for stage, seconds in result.report["seconds"].items()}
-    report = run_report(recipe.model_dump(mode="json"), result.report, dense=dense.figures if dense else None)
-    report.prompts = list(asked.generations)
+    report = run_report(
+        recipe.model_dump(mode="json"),
+        result.report,
+        dense=dense.figures if dense else None,
+        saliency=saliency(result.plan, result.scores),
+    )
+    report.prompts, report.curve = list(asked.generations), curve
+    analysed = result.report.get("knowledge")
+    report.knowledge = analysed.model_dump(mode="json") if analysed else _knowledge(recipe)
     if recipe.recovery is not None and not dry_run:
         report.recovery = _recover(recipe, result, progress=progress, resume=resume, stages=stages)
     if dry_run:
@@ -144,10 +153,22 @@ def _pruning(recipe: Recipe) -> str:
 
 
 def _prune(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, plan_only: bool, progress: Path, resume: bool
-) -> Result:
-    calibration = recipe.calibration
-    return prune(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    texts: Mapping[str, HeldOut],
+    plan_only: bool,
+    progress: Path,
+    resume: bool,
+) -> tuple[Result, Curve | None]:
+    """The pruned model, and what sizes on the way are worth where that was asked for."""
+    calibration, found = recipe.calibration, list[Curve]()
+
+    def watch(dense: Any, graph: Graph, plans: Sequence[Plan]) -> None:
+        found.append(curve_of(dense, tokenizer, graph, plans, asked=recipe.evaluation, texts=texts))
+
+    result = prune(
         model,
         tokenizer,
         method=recipe.method,
@@ -165,7 +186,18 @@ def _prune(
         plan_only=plan_only,
         progress=progress,
         resume=resume,
+        watch=watch if recipe.evaluation.curve and texts else None,
+        stops=recipe.evaluation.curve,
     )
+    return result, found[0] if found else None
+
+
+def _knowledge(recipe: Recipe) -> dict[str, Any] | None:
+    """The first analysis that the recipe names among what is to be protected."""
+    for name in recipe.protect:
+        if name.endswith(".json"):
+            return Knowledge.from_json(Path(name).expanduser().read_text(encoding="utf-8")).model_dump(mode="json")
+    return None
 
 
 def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, stages: Stages) -> Facts:
@@ -256,7 +288,8 @@ def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
     """The text files of a run, as they are now."""
     report.seconds = dict(stages.seconds)
     report.peak_memory_bytes = peak_memory()
-    return {"recipe.yaml": HEADER + recipe.to_yaml(), "report.json": report.to_json(), "report.md": run_markdown(report)}
+    pages = {"report.json": report.to_json(), "report.md": run_markdown(report), "report.html": run_html(report)}
+    return {"recipe.yaml": HEADER + recipe.to_yaml(), **pages}
 
 
 def _write_plan(directory: Path, files: Mapping[str, str], *, overwrite: bool) -> None:

@@ -102,6 +102,8 @@ class EvaluationSection(Section):
     """At most so many items of each task, the first."""
     reference: str | None = None
     """A model, the dense one, held beside the others: how far are their next-token distributions from its?"""
+    curve: int = Field(default=0, ge=0)
+    """So many sizes between dense and pruned are measured too (methods in shots: theirs), by masks, on the first text."""
     latency: Annotated[Timing | None, BeforeValidator(_timing)] = None
     generations: Texts = ()
     """Prompts to be continued greedily."""

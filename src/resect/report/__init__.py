@@ -1,14 +1,18 @@
 """Results as values with a versioned JSON form, as tables for a terminal, and as Markdown."""
 
+from resect.report.compare import Comparison, comparison, comparison_tables
 from resect.report.figures import mean_of
 from resect.report.inspection import Inspection, inspection
 from resect.report.knowledge import GroupKnowledge, Knowledge, Removal, knowledge_markdown, knowledge_table
-from resect.report.knowledge_picture import knowledge_html, knowledge_png
+from resect.report.knowledge_picture import knowledge_png
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
+from resect.report.page import comparison_html, knowledge_html, recovery_html, run_html
 from resect.report.picture import inspection_dot, inspection_tree
 from resect.report.recovery import RecoveryReport, recovery_markdown, recovery_report, recovery_tables
 from resect.report.results import (
+    Curve,
+    CurvePoint,
     Difference,
     EvaluationReport,
     Measured,
@@ -21,9 +25,13 @@ from resect.report.results import (
     Timings,
     run_report,
 )
+from resect.report.scores import saliency
 from resect.report.tables import comparison_table, inspection_tables, run_tables
 
 __all__ = [
+    "Comparison",
+    "Curve",
+    "CurvePoint",
     "Difference",
     "EvaluationReport",
     "GroupKnowledge",
@@ -39,7 +47,10 @@ __all__ = [
     "TextAgreement",
     "TextPerplexity",
     "Timings",
+    "comparison",
+    "comparison_html",
     "comparison_table",
+    "comparison_tables",
     "inspection",
     "inspection_dot",
     "inspection_tables",
@@ -51,11 +62,14 @@ __all__ = [
     "machine",
     "mean_of",
     "peak_memory",
+    "recovery_html",
     "recovery_markdown",
     "recovery_report",
     "recovery_tables",
     "run_markdown",
+    "run_html",
     "run_report",
     "run_tables",
+    "saliency",
     "versions",
 ]

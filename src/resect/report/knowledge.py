@@ -19,6 +19,8 @@ from rich.text import Text
 
 from resect.errors import UsageError
 from resect.report.figures import brief
+from resect.report.parts import Table as Rows
+from resect.report.parts import markdown
 from resect.report.results import SCHEMA, Record, TextPerplexity
 
 SHOWN = 24
@@ -110,21 +112,24 @@ def knowledge_table(found: Knowledge) -> Parts:
     for group in found.worst()[:SHOWN]:
         table.add_row(*_row(found, group), style="bold" if group.name in found.protected else None)
     more = len(found.groups) - SHOWN
-    parts: list[RenderableType] = [Text(_title(found), style="bold"), table]
+    parts: list[RenderableType] = [Text(knowledge_title(found), style="bold"), table]
     if more > 0:
         parts.append(Text(f"and {more} more groups in analysis.md", style="dim"))
-    return Parts(*parts, Text(_note(found), style="dim"))
+    return Parts(*parts, Text(knowledge_note(found), style="dim"))
 
 
 def knowledge_markdown(found: Knowledge) -> str:
     """All groups, the dearest first, and how they were measured."""
-    header = _header(found)
-    ruler = ["---" if heading in ("group", "kind") else "---:" for heading in header]
-    rows = [header, ruler, *(_row(found, group) for group in found.worst())]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    parts = [f"# {_title(found)}", "![perplexity by block](analysis.png)", _note(found), table]
+    parts = [f"# {knowledge_title(found)}", "![perplexity by block](analysis.png)", knowledge_note(found)]
+    parts.append(markdown(knowledge_all(found)))
     made = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     return "\n\n".join([*parts, f"{found.seconds:.1f} seconds. {made}."]) + "\n"
+
+
+def knowledge_all(found: Knowledge) -> Rows:
+    """All groups, the dearest first."""
+    caption = f"Perplexity with a part of one group removed; dense {brief(found.dense.value)}"
+    return Rows(caption, _header(found), [_row(found, group) for group in found.worst()], words=2)
 
 
 def percent(ratio: float) -> str:
@@ -132,12 +137,14 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:g} %"
 
 
-def _title(found: Knowledge) -> str:
+def knowledge_title(found: Knowledge) -> str:
+    """Which model, and what was done to it."""
     text = f"{found.dense.text} @{found.dense.window}, {found.dense.tokens:,} tokens predicted"
     return f"Where {found.model} keeps its knowledge: perplexity with parts of one group removed ({text})"
 
 
-def _note(found: Knowledge) -> str:
+def knowledge_note(found: Knowledge) -> str:
+    """How it was measured."""
     chosen = "the smallest by weight magnitude" if found.units == "magnitude" else f"drawn at random with seed {found.seed}"
     return (
         f"Dense {brief(found.dense.value)}. The units of a group that go are {chosen}. Damage: nats per token over the dense "

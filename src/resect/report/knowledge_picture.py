@@ -7,13 +7,15 @@ logarithm where they are large, and falls below zero.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import asinh
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from resect.report.charts import MARKS
 from resect.report.figures import brief
-from resect.report.knowledge import GroupKnowledge, Knowledge, percent
+from resect.report.knowledge import GroupKnowledge, Knowledge, knowledge_all, percent
+from resect.report.parts import Chart, Panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,52 +106,48 @@ def _draw(axis: Axes, panel: Panel, found: Knowledge) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def knowledge_html(found: Knowledge) -> str:
-    """The same to move about in, with the figures of every group: one file that needs nothing else."""
-    from plotly.graph_objects import Figure, Scatter
-    from plotly.subplots import make_subplots
-
+def knowledge_chart(found: Knowledge) -> Chart:
+    """The same to move about in, with the figures of every group."""
     drawn = panels(found)
-    figure: Figure = make_subplots(
-        rows=len(drawn),
-        shared_xaxes=True,
-        shared_yaxes="all",
-        subplot_titles=[_heading(panel) for panel in drawn],
-        vertical_spacing=0.2 / max(len(drawn), 2),
-    )
-    for row, panel in enumerate(drawn, start=1):
+    stack = Panels([_heading(panel) for panel in drawn])
+    traces: list[dict[str, Any]] = []
+    shapes: list[dict[str, Any]] = []
+    for place, panel in enumerate(drawn):
+        axes = stack.axes(place)
         for group in panel.groups:
             if group.name in found.protected and group.layer is not None:
-                low, high = group.layer - 0.5, group.layer + 0.5
-                figure.add_vrect(low, high, fillcolor=PROTECTED, opacity=0.16, line_width=0, layer="below", row=row, col=1)
-        for place, (ratio, colour) in enumerate(zip(found.ratios, _colours(found), strict=True)):
-            name = f"{percent(ratio)} removed"
-            figure.add_trace(
-                Scatter(
-                    x=[group.layer for group in panel.groups],
-                    y=[_height(found, group, place) for group in panel.groups],
-                    text=[_hover(found, group, place) for group in panel.groups],
-                    hovertemplate="%{text}<extra></extra>",
-                    mode="lines+markers",
-                    line={"color": colour},
-                    name=name,
-                    legendgroup=name,
-                    showlegend=row == 1,
-                ),
-                row=row,
-                col=1,
-            )
+                band = {"type": "rect", "x0": group.layer - 0.5, "x1": group.layer + 0.5, "y0": 0, "y1": 1, "layer": "below"}
+                on = {"xref": axes["xaxis"], "yref": f"{axes['yaxis']} domain"}
+                shapes.append(band | on | {"fillcolor": "var(--removed)/0.18", "line": {"width": 0}})
+        for number, ratio in enumerate(found.ratios):
+            name, paint = f"{percent(ratio)} removed", _shade(number, len(found.ratios))
+            line = {"type": "scatter", "mode": "lines+markers", "name": name, "legendgroup": name, "showlegend": not place}
+            look = {"line": {"color": paint, "width": 2}, "marker": {"size": 6, "symbol": MARKS[number % len(MARKS)]}}
+            values = {"x": [group.layer for group in panel.groups], "y": [_height(found, g, number) for g in panel.groups]}
+            hover = {"hovertext": [_hover(found, group, number) for group in panel.groups], "hoverinfo": "text"}
+            traces.append(line | look | values | hover | axes)
             for group in panel.spanning:
-                figure.add_hline(_height(found, group, place), line={"color": colour, "dash": "dot"}, row=row, col=1)
-        figure.add_hline(0, line={"color": DENSE, "dash": "dash", "width": 1}, row=row, col=1)
+                shapes.append(_across(_height(found, group, number), axes, {"color": paint, "dash": "dot"}))
+        shapes.append(_across(0, axes, {"color": "var(--muted)", "dash": "dash", "width": 1}))
     ticks = _ticks(found)
-    figure.update_yaxes(title_text=RISE, tickvals=list(ticks.values()), ticktext=list(ticks), zeroline=False)
-    figure.update_xaxes(range=[-0.7, _blocks(found) - 0.3])
-    figure.update_xaxes(title_text="block", row=len(drawn))
-    heading = f"{_title(found)}<br><sub>dashed: {_dense(found)}; shaded: {_protected(found)}</sub>"
-    figure.update_layout(template="plotly_white", title=heading, height=200 + 260 * len(drawn))
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return page
+    layout = stack.laid_out(tickvals=list(ticks.values()), ticktext=list(ticks), zeroline=False) | {"shapes": shapes}
+    layout["xaxis"] |= {"title": {"text": "block"}, "range": [-0.7, _blocks(found) - 0.3], "showgrid": False}
+    says = (
+        f"What perplexity rises by, in per cent, when a part of one group is removed. Dashed: {_dense(found)}. "
+        f"Shaded: {_protected(found)}."
+    )
+    return Chart("knowledge", says, traces, layout, knowledge_all(found), 120 + 220 * len(drawn))
+
+
+def _across(height: float, axes: Mapping[str, str], line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line across a panel."""
+    ends = {"x0": 0, "x1": 1, "xref": "x domain", "y0": height, "y1": height, "yref": axes["yaxis"]}
+    return {"type": "line", "line": dict(line), **ends}
+
+
+def _shade(number: int, count: int) -> str:
+    """One of the five shades of a page, from the lowest ratio to the highest."""
+    return f"var(--s{1 + (round(4 * number / (count - 1)) if count > 1 else 4)})"
 
 
 def _hover(found: Knowledge, group: GroupKnowledge, place: int) -> str:

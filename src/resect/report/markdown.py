@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 
-from resect.report.figures import before_and_after
 from resect.report.layers import bar, kinds_of, layer_rows, spans
+from resect.report.parts import Table, bullets, inline, markdown
 from resect.report.recovery import facts_markdown
 from resect.report.results import RunReport
-from resect.report.words import LOADS, asked, kept_shares, protected_lines, protocol, provenance, vocabulary_lines
-
-STATUS = {
-    "planned": "A dry run: the plan was made, nothing was cut.",
-    "saved": "The pruned model is saved and verified; its measurements are not complete.",
-    "complete": "",
-}
+from resect.report.sections import checks, curve, headline, made_with, perplexity_note, scores, seconds, shots
+from resect.report.words import STATUS, asked, kept_shares, protected_lines, provenance, vocabulary_lines
 
 
 def run_markdown(report: RunReport) -> str:
@@ -24,54 +18,33 @@ def run_markdown(report: RunReport) -> str:
         f"# {asked(report)}",
         STATUS[report.status],
         f"Kept: {kept_shares(report)}.",
-        _headline(report),
-        f"Seed {report.recipe['seed']}. {_perplexity_note(report)}",
-        *_loading(report),
+        markdown(headline(report)),
+        f"Seed {report.recipe['seed']}. {perplexity_note(report)}",
+        " ".join(checks(report)),
         "## What every layer keeps",
         _layers(report),
         *_withheld(report),
-        _bullets([*protected_lines(report), *vocabulary_lines(report)]),
+        bullets([*protected_lines(report), *vocabulary_lines(report)]),
         *(["## Recovery", *facts_markdown(report.recovery, level="###")] if report.recovery else []),
+        *_titled("Quality over size", curve(report)),
+        *_titled("Shots", shots(report)),
         *_generations(report),
         "## Calibration",
         _calibration(report),
         "## Kept whole, and why",
-        _bullets(report.frozen) or "Nothing.",
+        bullets(report.frozen) or "Nothing.",
+        *_titled("Scores", scores(report)),
         "## Seconds",
-        _table(["stage", "seconds"], [[stage, f"{seconds:.1f}"] for stage, seconds in report.seconds.items()]),
+        markdown(seconds(report.seconds)),
         "## Made with",
-        _table(["what", "which"], _made_with(report)),
+        markdown(made_with(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _headline(report: RunReport) -> str:
-    after = "planned" if report.status == "planned" else "pruned"
-    rows = [[figure.name, *figure.texts(), figure.change()] for figure in before_and_after(report)]
-    return _table(["", "dense", after, "change"], rows)
-
-
-def _perplexity_note(report: RunReport) -> str:
-    found = [p for model in report.models for p in model.perplexities]
-    if not found:
-        return "Nothing was evaluated."
-    digests = ", ".join(dict.fromkeys(f"{p.text} `{p.digest[:12]}`" for p in found))
-    return f"Perplexity: {protocol(report.models)} Text tokens: {digests}."
-
-
-def _loading(report: RunReport) -> list[str]:
-    if report.saved is None:
-        return []
-    saved = report.saved
-    kind = f"Saved as `{saved['model_type']}`, {saved['layout']}"
-    kind += f", relabelled from `{saved['relabelled_from']}`" if saved["relabelled_from"] else ""
-    lines = [f"{kind}. Loads with {LOADS[saved['layout']]}."]
-    check = report.cut_equals_mask
-    if check is not None:
-        lines.append(f"Cut against mask: logits differ by {check['difference']:.1e}, {check['allowed']:.1e} is allowed.")
-    if report.reload_difference is not None:
-        lines.append(f"Reloaded in a fresh process: by {report.reload_difference:.1e} of their spread.")
-    return [" ".join(lines)]
+def _titled(title: str, table: Table | None) -> list[str]:
+    """A table under a heading, with its caption; nothing where there is none."""
+    return [f"## {title}", f"{table.caption}.", markdown(table)] if table else []
 
 
 def _layers(report: RunReport) -> str:
@@ -90,7 +63,7 @@ def _layers(report: RunReport) -> str:
 def _withheld(report: RunReport) -> list[str]:
     if not report.withheld:
         return []
-    lines = _bullets(f"{kind}: {why}" for kind, why in report.withheld.items())
+    lines = bullets(f"{kind}: {why}" for kind, why in report.withheld.items())
     return ["### Left whole, because no stock configuration says otherwise", lines + "\n\n`layout: per-layer` cuts them too."]
 
 
@@ -99,7 +72,7 @@ def _generations(report: RunReport) -> list[str]:
         return []
     parts = ["## Greedy continuations"]
     for place, prompt in enumerate(report.prompts):
-        parts.append(f"**{_inline(prompt)}**")
+        parts.append(f"**{inline(prompt)}**")
         parts += [f"*{model.name}*\n{_quoted(model.generations[place])}" for model in report.models if model.generations]
     return parts
 
@@ -111,30 +84,5 @@ def _calibration(report: RunReport) -> str:
     return f"{provenance(report)}\n\n```json\n{facts}\n```"
 
 
-def _made_with(report: RunReport) -> list[list[str]]:
-    machine = report.machine
-    memory = machine.get("memory_bytes")
-    rows = [[name, version] for name, version in report.versions.items()]
-    rows.append(["processor", f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads"])
-    rows += [["memory", f"{memory / 2**30:.1f} GiB"]] if memory else []
-    rows += [["peak memory of the run", f"{report.peak_memory_bytes / 2**30:.2f} GiB"]] if report.peak_memory_bytes else []
-    rows += [["accelerator", name] for name in machine.get("accelerators", [])]
-    return [*rows, ["device, dtype", f"{report.recipe['device']}, {report.recipe['dtype']}"]]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(_inline(cell) for cell in row) + " |" for row in [header, ruler, *rows])
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"* {_inline(line)}" for line in lines)
-
-
 def _quoted(text: str) -> str:
     return "\n".join(f"> {line}" for line in text.strip().splitlines() or [""])
-
-
-def _inline(text: str) -> str:
-    """Text on one line that does not end a table cell."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rich import box
@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from resect.recovery import Facts
+from resect.report.charts import losses_table
 from resect.report.machine import machine, versions
+from resect.report.parts import Table as Rows
+from resect.report.parts import markdown
 from resect.report.results import SCHEMA, Record
-
-LOSSES_SHOWN = 20
-BEHIND = "Behind the dense model, nats per token"
+from resect.report.sections import made_with, seconds
 
 
 class RecoveryReport(Record):
@@ -46,36 +47,39 @@ def recovery_report(recipe: Mapping[str, Any], facts: Facts) -> RecoveryReport:
 
 def recovery_tables(report: RecoveryReport) -> Group:
     """Before and after for every source, the rounds of a dynamic mixture, and what was left out."""
-    return Group(Text(_asked(report), style="bold"), *facts_tables(report.facts), *map(Text, _more(report)))
-
-
-def facts_tables(facts: Facts) -> list[RenderableType]:
-    """What was measured and what was trained, for a terminal."""
-    parts: list[RenderableType] = [_table(*_losses(facts))]
-    if facts.rounds:
-        parts += [Text(BEHIND, style="bold"), _table(*_rounds(facts))]
-    return [*parts, *map(Text, _lines(facts))]
-
-
-def facts_markdown(facts: Facts, *, level: str = "##") -> list[str]:
-    """The same as Markdown, with the loss over steps; headings have this level."""
-    parts = [_markdown(*_losses(facts)), *_lines(facts)]
-    if facts.rounds:
-        parts += [f"{level} {BEHIND}", _markdown(*_rounds(facts))]
-    courses = (_course(training.model_dump(), level=f"{level}#") for training in facts.trainings)
-    return [*parts, f"{level} Loss over steps", *courses]
+    return Group(Text(recovery_asked(report), style="bold"), *facts_tables(report.facts), *map(Text, recovery_lines(report)))
 
 
 def recovery_markdown(report: RecoveryReport) -> str:
     """The same, with the loss over steps and everything needed to judge and repeat it."""
-    parts = [f"# {_asked(report)}", *_more(report), *facts_markdown(report.facts)]
-    parts += ["## Seconds", _markdown(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in report.seconds.items()])]
-    facts = [*report.versions.items(), *((name, str(value)) for name, value in report.machine.items())]
-    parts += ["## Made with", _markdown(["what", "which"], [[name, value] for name, value in facts])]
+    parts = [f"# {recovery_asked(report)}", *recovery_lines(report), *facts_markdown(report.facts)]
+    parts += ["## Seconds", markdown(seconds(report.seconds)), "## Made with", markdown(made_with(report))]
     return "\n\n".join(parts) + "\n"
 
 
-def _asked(report: RecoveryReport) -> str:
+def facts_tables(facts: Facts) -> list[RenderableType]:
+    """What was measured and what was trained, for a terminal."""
+    parts: list[RenderableType] = [_table(facts_losses(facts))]
+    if facts.rounds:
+        rounds = facts_rounds(facts)
+        parts += [Text(rounds.caption, style="bold"), _table(rounds)]
+    return [*parts, *map(Text, facts_lines(facts))]
+
+
+def facts_markdown(facts: Facts, *, level: str = "##") -> list[str]:
+    """The same as Markdown, with the loss over steps; headings have this level."""
+    parts = [markdown(facts_losses(facts)), *facts_lines(facts)]
+    if facts.rounds:
+        rounds = facts_rounds(facts)
+        parts += [f"{level} {rounds.caption}", markdown(rounds)]
+    parts.append(f"{level} Loss over steps")
+    for training in facts.trainings:
+        parts += [f"{level}# {training.name}", markdown(losses_table(training.losses, training.held_out))]
+    return parts
+
+
+def recovery_asked(report: RecoveryReport) -> str:
+    """What was asked for."""
     settings, facts = report.recipe["settings"], report.facts
     what = "all weights" if settings["full"] else f"rank {settings['rank']}"
     tokens = sum(training.tokens for training in facts.trainings)
@@ -83,7 +87,13 @@ def _asked(report: RecoveryReport) -> str:
     return f"{report.recipe['model']}: recovered on {tokens:,} tokens ({what}{teacher})"
 
 
-def _losses(facts: Facts) -> tuple[list[str], list[list[str]]]:
+def recovery_lines(report: RecoveryReport) -> list[str]:
+    """Zeros that stayed, and how the low-rank terms load."""
+    lines = [f"{report.zeros_kept:,} zeros of the sparsity pattern are still zero."] if report.zeros_kept else []
+    return lines + ([f"Low-rank terms alone: {report.adapter}."] if report.adapter else [])
+
+
+def facts_losses(facts: Facts) -> Rows:
     """Held-out perplexity and what each source gave, a row each."""
     head = ["held-out perplexity", "before", "after", *(["dense"] if facts.dense else []), "examples", "held out"]
     rows = []
@@ -91,10 +101,10 @@ def _losses(facts: Facts) -> tuple[list[str], list[list[str]]]:
         nats = [facts.before, facts.after, *([facts.dense] if facts.dense else [])]
         values = [f"{math.exp(min(one[counts.source], 700)):.2f}" for one in nats]
         rows.append([counts.source, *values, f"{counts.examples:,}", f"{counts.held_out:,}"])
-    return head, rows
+    return Rows("Held-out perplexity of every source", head, rows)
 
 
-def _rounds(facts: Facts) -> tuple[list[str], list[list[str]]]:
+def facts_rounds(facts: Facts) -> Rows:
     """A row per round: the weighted gap, then gap and share of every source."""
     sources = list(dict.fromkeys(source for one in facts.rounds for source in one.gaps))
     rows = []
@@ -104,10 +114,11 @@ def _rounds(facts: Facts) -> tuple[list[str], list[list[str]]]:
             for source in sources
         ]
         rows.append([f"{one.stage} {one.number}", f"{one.weighted:.4f}", *cells])
-    return ["round", "weighted", *(f"{source} (share)" for source in sources)], rows
+    head = ["round", "weighted", *(f"{source} (share)" for source in sources)]
+    return Rows("Behind the dense model, nats per token", head, rows)
 
 
-def _lines(facts: Facts) -> list[str]:
+def facts_lines(facts: Facts) -> list[str]:
     """What was trained for how long, and what was left out."""
     tokens = sum(training.tokens for training in facts.trainings)
     seconds = sum(training.seconds for training in facts.trainings)
@@ -126,35 +137,10 @@ def _lines(facts: Facts) -> list[str]:
     return lines
 
 
-def _more(report: RecoveryReport) -> list[str]:
-    """Zeros that stayed, and how the low-rank terms load."""
-    lines = [f"{report.zeros_kept:,} zeros of the sparsity pattern are still zero."] if report.zeros_kept else []
-    return lines + ([f"Low-rank terms alone: {report.adapter}."] if report.adapter else [])
-
-
-def _course(training: Mapping[str, Any], *, level: str) -> str:
-    """The losses of a training, thinned, with the held-out ones beside them."""
-    losses, measured = training["losses"], dict(training["held_out"])
-    every = max(1, len(losses) // LOSSES_SHOWN)
-    shown = dict(losses[::every]) | {step: loss for step, loss in losses if step in measured}
-    steps = sorted({*shown, *measured})
-    rows = [
-        [str(step), f"{shown[step]:.4f}" if step in shown else "", f"{measured[step]:.4f}" if step in measured else ""]
-        for step in steps
-    ]
-    return f"{level} {training['name']}\n\n" + _markdown(["step", "loss", "held-out loss"], rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(rows: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(header):
+    for place, column in enumerate(rows.header):
         table.add_column(column, justify="right" if place else "left", overflow="fold")
-    for row in rows:
+    for row in rows.rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, ruler, *rows]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

@@ -230,6 +230,70 @@ class GroupSizes(Record):
     kept: int
 
 
+class GroupScores(Record):
+    """How the scores of a coupled group's units are spread."""
+
+    name: str
+    kind: str
+    layer: int | None
+    quantiles: list[float]
+    """At the levels of the report's `saliency`."""
+    threshold: float | None
+    """The lowest score of a unit that stays, where some go and some stay."""
+
+
+class ScoreHistogram(Record):
+    """Units of one kind by the decimal logarithm of their score."""
+
+    kind: str
+    edges: list[float]
+    """One more than there are bins, evenly spaced logarithms."""
+    kept: list[int]
+    removed: list[int]
+    nothing: int
+    """Units that are worth nothing or less, such as those that went in an earlier shot."""
+
+
+class Saliency(Record):
+    """The scores that decided: of the last shot, where there were several."""
+
+    levels: list[float]
+    groups: list[GroupScores]
+    histograms: list[ScoreHistogram]
+
+
+class ShotSizes(Record):
+    """What is left after a shot."""
+
+    number: int
+    parameters: int
+    block_parameters: int
+    macs: int
+    loss: float
+    """The summed scores of the units that went in it, when they went."""
+
+
+class CurvePoint(Record):
+    """A size between the dense model and the pruned one, and what the model is worth at it."""
+
+    parameters: int
+    block_parameters: int
+    macs: int
+    perplexity: float
+
+
+class Curve(Record):
+    """Perplexity over size on the way from the dense model to the pruned one."""
+
+    text: str
+    window: int
+    tokens: int
+    """Tokens predicted."""
+    digest: str
+    points: list[CurvePoint]
+    """Dense first; the last is the plan as it was carried out."""
+
+
 class RunReport(Record):
     """A run: what was asked, what came of it, what it took."""
 
@@ -251,6 +315,15 @@ class RunReport(Record):
     """None where all tokens stay."""
     frozen: list[str] = []
     """Why axes are kept whole."""
+    saliency: Saliency | None = None
+    """None where single matrices became sparse, or nothing was scored."""
+    shots: list[ShotSizes] = []
+    curve: Curve | None = None
+    """None where it was not asked for."""
+    losses: list[float] = []
+    """Training losses, a step each, of a method that trains."""
+    knowledge: dict[str, Any] | None = None
+    """The analysis that found what was to be protected, as `analysis.json` has it."""
     calibration: dict[str, Any] | None = None
     """Where the text came from; None where the criterion needs none."""
     recovery: Facts | None = None
@@ -322,7 +395,12 @@ class EvaluationReport(Record):
 
 
 def run_report(
-    recipe: Mapping[str, Any], pruning: Mapping[str, Any], *, dense: Measured | None, pruned: Measured | None = None
+    recipe: Mapping[str, Any],
+    pruning: Mapping[str, Any],
+    *,
+    dense: Measured | None,
+    pruned: Measured | None = None,
+    saliency: Saliency | None = None,
 ) -> RunReport:
     """The report of a run so far, from the facts that pruning gives; sizes are put into the models' figures."""
     models = []
@@ -339,6 +417,9 @@ def run_report(
         protected=pruning.get("protected", []),
         vocabulary=_vocabulary(recipe, pruning),
         frozen=pruning["frozen"],
+        saliency=saliency,
+        shots=[ShotSizes(**shot) for shot in pruning.get("shots", [])],
+        losses=pruning.get("losses", []),
         calibration=pruning["calibration"],
         cut_equals_mask=pruning.get("cut_equals_mask"),
         versions=versions(),

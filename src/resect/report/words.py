@@ -8,6 +8,12 @@ from typing import Any
 from resect.report.results import Measured, RunReport
 
 OF = {"blocks": "block parameters", "model": "parameters", "macs": "multiply-accumulates"}
+STATUS = {
+    "planned": "A dry run: the plan was made, nothing was cut.",
+    "saved": "The pruned model is saved and verified; its measurements are not complete.",
+    "complete": "",
+}
+"""What of a run is there."""
 WITHOUT_BOS = "Windows do not overlap, no token is added, the first of each is not predicted."
 WITH_BOS = "Windows do not overlap, begin-of-text stands before each, all of its tokens are predicted."
 LOADS = {

@@ -1,0 +1,59 @@
+"""Runs read back from their reports, to be put side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from resect.errors import DataError, UsageError
+from resect.report import Comparison, EvaluationReport, RunReport, comparison, comparison_html
+
+READ: dict[str, type[RunReport] | type[EvaluationReport]] = {"run": RunReport, "evaluation": EvaluationReport}
+
+
+def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison:
+    """Puts runs side by side: run directories, their `report.json`, or what `resect evaluate --json` printed.
+
+    `output` gets a page with the figures and what quality costs in size. Raises `UsageError` for runs that were measured
+    differently, `DataError` for reports that cannot be read.
+    """
+    if len(set(runs)) < len(runs):
+        raise UsageError("A run was named twice. Name each once.")
+    found = comparison({_short(run, runs): _read(run) for run in runs})
+    if output is not None:
+        try:
+            Path(output).expanduser().write_text(comparison_html(found), encoding="utf-8")
+        except OSError as problem:
+            raise UsageError(f"{output} cannot be written: {problem.strerror}.") from None
+    return found
+
+
+def _short(run: str, runs: Sequence[str]) -> str:
+    """The last part of a run's path, or all of it where two end alike."""
+    name = Path(run).name or run
+    return name if sum((Path(other).name or other) == name for other in runs) == 1 else run
+
+
+def _read(run: str) -> RunReport | EvaluationReport:
+    path = Path(run).expanduser()
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        values: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{file} cannot be read as a report: {problem}. Name a run directory or a report.json.") from problem
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind == "recovery":
+        raise UsageError(
+            f"{run} is a recovery, which measures its own held-out text alone. Measure it beside the others, "
+            f"`resect evaluate DENSE {run} --text TEXT --json > FILE`, and compare FILE."
+        )
+    if kind not in READ:
+        raise UsageError(f"{file} is not the report of a run or an evaluation (its kind is {kind!r}).")
+    try:
+        return READ[kind].model_validate(values)
+    except ValidationError as problem:
+        raise DataError(f"{file} was written by another version, or is damaged: {problem}.") from problem
