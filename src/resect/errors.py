@@ -49,6 +49,10 @@ class DampingRaised(ResectWarning):
     """A factor of curvature could not be inverted with the damping that was asked for."""
 
 
+class OtherMachine(ResectWarning):
+    """Something was measured on another machine than this one."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known word, or lists them all when none is close."""
     names = sorted(known)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resect.evaluation import bootstrap
-from resect.evaluation.bootstrap import paired_interval
+from resect.evaluation.bootstrap import paired_interval, paired_ratio
 
 
 def test_two_pairs_have_three_resamples() -> None:
@@ -51,3 +51,12 @@ def test_the_same_seed_gives_the_same_interval(monkeypatch: pytest.MonkeyPatch) 
 def test_one_pair_has_no_interval() -> None:
     found = paired_interval([0.25], [0.5, 0.5])
     assert (found.value, found.low, found.high) == (0.375, None, None)
+
+
+def test_ratios_of_rounds() -> None:
+    """Twice as fast in every round, busy or not, is twice as fast for sure."""
+    found = paired_ratio([2.0, 4.0, 20.0], [1.0, 2.0, 10.0])
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+    found = paired_ratio([2.0, 4.0, 20.0], [1.0, 4.0, 5.0])
+    assert (found.value, found.low, found.high) == (2.0, 1.0, 4.0)
+    assert paired_ratio([3.0], [2.0]).low is None

@@ -70,6 +70,17 @@ def prune(
     method: Annotated[str | None, typer.Option(help="What decides. Default: llm-pruner.")] = None,
     keep: Annotated[float | None, typer.Option(help="The share that stays, in (0, 1]. Default: 0.8.")] = None,
     of: Annotated[str | None, typer.Option(help="What it is a share of: blocks, model, macs. Default: blocks.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:SHARE",
+            help="In the place of --keep and --of: latency:0.7@prefill, latency:0.7@decode:1x512, bytes:200MB, macs:0.7; "
+            "params and model too.",
+        ),
+    ] = None,
+    latency_table: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What widths cost, from bench --table. Default: measured anew.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +128,8 @@ def prune(
         "method": method,
         "keep": keep,
         "of": of,
+        "budget": budget,
+        "latency_table": latency_table,
         "layout": layout,
         "align": align,
         "calibration.source": data or None,
@@ -290,6 +303,51 @@ def compare(
         if output:
             answer.announce(f"done: {output}")
         answer.give(found.to_json(), comparison_tables(found))
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Hub ids, directories, .gguf files, demo; the dense one first.")
+    ],
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="Where figures and tables go.")] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences at a time.")] = "1",
+    length: Annotated[str, typer.Option(metavar="N,N", help="Tokens of each prompt.")] = "128,512",
+    decode: Annotated[int, typer.Option(help="Tokens written after it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds, in which all models take turns.")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="Run what torch.compile makes of them.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Measure what widths of the first model cost too, for prune --latency-table.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Time models side by side over batch and length: prefill, decode, memory, sizes, and the share of the ideal speed-up."""
+    with answering(as_json=json) as answer:
+        batches, lengths = numbers(batch, flag="--batch"), numbers(length, flag="--length")
+        answer.announce("wake up")
+        from resect.recipe import bench
+        from resect.report import bench_table
+
+        found = bench(
+            models,
+            output,
+            batches=batches,
+            lengths=lengths,
+            decode=decode,
+            repeats=repeats,
+            compile=compile,
+            table=table,
+            dtype=dtype or "float32",
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            announce=answer.announce,
+        )
+        answer.give(found.to_json(), bench_table(found))
 
 
 @app.command()

@@ -17,7 +17,7 @@ DRAWS = 2**22
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and the percentile interval of its bootstrap."""
+    """A mean or a median, and the percentile interval of its bootstrap."""
 
     value: float
     low: float | None
@@ -42,6 +42,20 @@ def paired_interval(
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack([_means(part, resamples, generator) for part in samples]).mean(0)
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Interval(value, low, high, level, resamples, seed)
+
+
+def paired_ratio(
+    values: Sequence[float], others: Sequence[float], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
+    """The median of the ratios of pairs, one per round; a resample draws as many rounds as there are, with replacement."""
+    ratios = torch.tensor(values, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64)
+    value = float(ratios.quantile(0.5))
+    if len(ratios) < 2:
+        return Interval(value, None, None, level, resamples, seed)
+    draws = torch.randint(len(ratios), (resamples, len(ratios)), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = ratios[draws].quantile(0.5, dim=1).quantile(ends).tolist()
     return Interval(value, low, high, level, resamples, seed)
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from resect.errors import UsageError
+from resect.errors import ModelError, UsageError
 from resect.evaluation.mode import evaluating
+from resect.evaluation.size import PeakMemory
+
+Network = Callable[..., Any]
+"""A model, or what `torch.compile` makes of its code."""
 
 
 @dataclass(frozen=True)
@@ -41,88 +46,137 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock figures of one model, batch size 1."""
+    """Wall-clock figures of one model."""
 
     prefill_seconds: Spread
-    """Seconds for a prompt of `prompt` tokens."""
+    """Seconds for `batch` prompts of `prompt` tokens."""
     decode_tokens_per_second: Spread
-    """Tokens per second over the `decode` tokens after it."""
+    """Tokens per second over the `decode` tokens after each."""
     prompt: int
     decode: int
     device: str
     dtype: str
     threads: int
+    batch: int = 1
+    compiled: bool = False
+    working_bytes: int | None = None
+    """What a run needs at most beside the weights; None where the system does not say."""
+
+    @property
+    def decode_seconds(self) -> Spread:
+        """Seconds for one more token of every sequence."""
+        return Spread(tuple(self.batch / speed for speed in self.decode_tokens_per_second.values))
 
 
-def latency(model: PreTrainedModel, *, prompt: int = 512, decode: int = 32, repeats: int = 5) -> Latency:
+def latency(model: PreTrainedModel, *, prompt: int = 512, decode: int = 32, repeats: int = 5, batch: int = 1) -> Latency:
     """The latency of one model; to compare models, measure them together with `latencies`."""
-    return latencies({"model": model}, prompt=prompt, decode=decode, repeats=repeats)["model"]
+    return latencies({"model": model}, prompt=prompt, decode=decode, repeats=repeats, batch=batch)["model"]
 
 
 def latencies(
-    models: Mapping[str, PreTrainedModel], *, prompt: int = 512, decode: int = 32, repeats: int = 5
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt: int = 512,
+    decode: int = 32,
+    repeats: int = 5,
+    batch: int = 1,
+    compile: bool = False,
 ) -> dict[str, Latency]:
     """The latency of several models, measured in turns, so that a busy machine is busy for all of them.
 
-    Each model warms up once, then runs `repeats` rounds: a prompt of `prompt` random tokens, then `decode` greedy
-    tokens with the KV cache. The models are handed back as they were. Raises `UsageError` when a model has fewer
-    positions than that.
+    Each model warms up once, which shows its memory too, then runs `repeats` rounds: `batch` prompts of `prompt` random tokens,
+    then `decode` greedy tokens each with the KV cache. `compile` runs what `torch.compile` makes of the models, which takes a
+    round more. They are handed back as they were. Raises `UsageError` when a model has fewer positions than that, `ModelError`
+    when one does not compile.
     """
-    if min(prompt, decode, repeats) < 1:
-        raise UsageError(f"Asked for prompt {prompt}, decode {decode}, repeats {repeats}; each must be at least 1.")
+    if min(prompt, decode, repeats, batch) < 1:
+        raise UsageError(
+            f"Asked for batch {batch}, prompt {prompt}, decode {decode}, repeats {repeats}; each must be at least 1."
+        )
     for name, model in models.items():
-        _check_positions(name, model, prompt + decode)
+        check_positions(name, model, prompt + decode)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    working: dict[str, int | None] = {}
     with (
         ExitStack() as stack,
-        tqdm(total=len(models) * (repeats + 1), desc="latency", leave=False, disable=None) as bar,
+        tqdm(total=len(models) * (repeats + 1), desc=f"latency {batch}x{prompt}", leave=False, disable=None) as bar,
     ):
         for model in models.values():
             stack.enter_context(evaluating(model))
-        for turn in range(repeats + 1):
+        networks: dict[str, Network] = {
+            name: torch.compile(model.forward) if compile else model for name, model in models.items()
+        }
+        for name, model in models.items():
+            if compile:
+                with _compiling(name):
+                    _round(networks[name], model, prompt, decode, batch)
+            with PeakMemory(model.device) as memory:
+                _round(networks[name], model, prompt, decode, batch)
+            working[name] = memory.grown
+            bar.update()
+        for _ in range(repeats):
             for name, model in models.items():
-                times = _round(model, prompt, decode)
-                if turn:  # the first is the warm-up
-                    measured[name].append(times)
+                measured[name].append(_round(networks[name], model, prompt, decode, batch))
                 bar.update()
-    return {name: _figures(model, measured[name], prompt, decode) for name, model in models.items()}
-
-
-def _check_positions(name: str, model: PreTrainedModel, needed: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < needed:
-        raise UsageError(
-            f"Asked to time {name} over {needed} tokens; it has {positions} positions. Ask for fewer tokens."
+    about: dict[str, Any] = {"prompt": prompt, "decode": decode, "batch": batch, "compiled": compile}
+    return {
+        name: Latency(
+            prefill_seconds=Spread(tuple(read for read, _ in measured[name])),
+            decode_tokens_per_second=Spread(tuple(batch * decode / written for _, written in measured[name])),
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            working_bytes=working[name],
+            **about,
         )
+        for name, model in models.items()
+    }
 
 
-def _round(model: PreTrainedModel, prompt: int, decode: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of the decoding after it."""
+def prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Random tokens, always the same ones, [batch, length]."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (1, prompt), generator=generator).to(model.device)
-    start = _now(model.device)
-    output = model(input_ids=tokens, use_cache=True)
-    read = _now(model.device)
-    for _ in range(decode):
-        output = model(input_ids=_next(output.logits), past_key_values=output.past_key_values, use_cache=True)
-    return read - start, _now(model.device) - read
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
 
 
-def _next(logits: Tensor) -> Tensor:
-    """The likeliest next token [1, 1]."""
+def next_tokens(logits: Tensor) -> Tensor:
+    """The likeliest next token of every sequence, [batch, 1]."""
     return logits[:, -1:].argmax(-1)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """The clock, once the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _figures(model: PreTrainedModel, times: list[tuple[float, float]], prompt: int, decode: int) -> Latency:
-    read, written = zip(*times, strict=True)
-    speeds = tuple(decode / seconds for seconds in written)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Latency(Spread(read), Spread(speeds), prompt, decode, str(model.device), dtype, torch.get_num_threads())
+def check_positions(name: str, model: PreTrainedModel, needed: int) -> None:
+    """Raises `UsageError` where a model has fewer positions than it would be timed over."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < needed:
+        raise UsageError(f"Asked to time {name} over {needed} tokens; it has {positions} positions. Ask for fewer tokens.")
+
+
+def _round(network: Network, model: PreTrainedModel, prompt: int, decode: int, batch: int) -> tuple[float, float]:
+    """Seconds of one prefill, and of the decoding after it."""
+    tokens = prompts(model, batch, prompt)
+    start = now(model.device)
+    output = network(input_ids=tokens, use_cache=True)
+    read = now(model.device)
+    for _ in range(decode):
+        output = network(input_ids=next_tokens(output.logits), past_key_values=output.past_key_values, use_cache=True)
+    return read - start, now(model.device) - read
+
+
+@contextmanager
+def _compiling(name: str) -> Iterator[None]:
+    """What stops a model's first compiled run is about compiling it."""
+    try:
+        yield
+    except Exception as problem:
+        if type(problem).__module__.partition(".")[0] != "torch":
+            raise
+        said = str(problem).strip().splitlines()[0]
+        raise ModelError(f"{name} does not compile: {said}. Measure it without --compile.") from problem

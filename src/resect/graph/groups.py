@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -214,6 +214,17 @@ class Graph:
         """Multiply-accumulates of one forward pass over `[batch, tokens]`, attention products included."""
         gone = self._settled(removed)
         return sum(term.value(gone, batch=batch, tokens=tokens) for term in self.contractions)
+
+    def token_macs(self, removed: Mapping[str, int] | None = None, *, batch: int = 1, tokens: int = 64) -> int:
+        """Multiply-accumulates of the last token of each of `batch` sequences of `tokens`; the others are cached."""
+        gone = self._settled(removed)
+        once = (term if term.tokens < 1 else replace(term, tokens=term.tokens - 1) for term in self.contractions)
+        return sum(term.value(gone, batch=batch, tokens=tokens) for term in once)
+
+    def parameter_bytes(self, sizes: Mapping[str, int], removed: Mapping[str, int] | None = None) -> int:
+        """Bytes that stay, tied parameters counted once; `sizes` are the bytes of one entry, by parameter."""
+        gone = self._settled(removed)
+        return sum(term.value(gone) * sizes[name] for name, term in self.parameters.items())
 
     def _settled(self, removed: Mapping[str, int] | None) -> Mapping[str, int]:
         return {**removed, **dict.fromkeys(self.emptied(removed), 1)} if removed else {}

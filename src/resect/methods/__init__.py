@@ -1,5 +1,6 @@
 """A paper each: a straight line of calls into the rooms."""
 
+from resect.methods.budget import check_budget, read_table
 from resect.methods.compensation import Compensation
 from resect.methods.knowledge import analyze
 from resect.methods.llm_pruner import LLMPruner
@@ -21,7 +22,9 @@ __all__ = [
     "Result",
     "Vocabulary",
     "analyze",
+    "check_budget",
     "method_settings",
     "prune",
+    "read_table",
     "vocabulary_plan",
 ]

@@ -6,7 +6,7 @@ estimated loss per parameter over the whole network besides, because units of di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resect.checkpoint import Progress
 from resect.graph import Graph
 from resect.methods.method import Method, Shot, Units
-from resect.plan import Plan, keep_all, select, select_share, spent_first
+from resect.plan import Cost, Plan, keep_all, select, select_share, spent_first
 from resect.saliency import score
 from resect.statistics import CRITERIA, Data, collect
 from resect.surgery import masked
@@ -56,7 +56,7 @@ class LLMPruner(Method):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         layout: str = "per-layer",
         align: int = 1,
         protect: Sequence[str] = (),
@@ -65,19 +65,9 @@ class LLMPruner(Method):
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
         tokens = torch.empty(0, 0, dtype=torch.long) if CRITERIA[self.criterion].weights_only else data.tokens()
-        kinds = [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
-        ranges = {str(kind): span for kind, span in (self.blocks or {}).items()} or None
-        options: dict[str, Any] = {
-            "of": of,
-            "layout": layout,
-            "selection": self.selection,
-            "align": align,
-            "kinds": kinds,
-            "protect": protect,
-            "ranges": ranges,
-            "floor": self.floor,
-            "spread": self.spread,
-        }
+        kinds = self._offered(graph)
+        ranges = self._ranges
+        options = {**self._options(graph), "of": of, "layout": layout, "align": align, "protect": protect}
         if self.share is None:  # a budget out of reach is refused before the long part
             select(graph, {group.name: torch.zeros(group.units) for group in graph.of_kind(*kinds)}, keep=keep, **options)
         plan = keep_all(graph.of_kind(*kinds))
@@ -96,3 +86,27 @@ class LLMPruner(Method):
                 plan = select(graph, scores, keep=1 - (1 - keep) * done, **options)
             shots.append(Shot.of(plan, before, scores))
         return plan.model_copy(update={"notes": {"shots": shots}}), scores
+
+    def again(
+        self, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], *, asked: Mapping[str, Any]
+    ) -> Plan | None:
+        """The plan for another budget by the last scores."""
+        given = {name: asked[name] for name in ("keep", "of", "layout", "align", "protect")}
+        return None if self.share is not None else select(graph, scores, **given, **self._options(graph))
+
+    @property
+    def _ranges(self) -> dict[str, tuple[int, int]] | None:
+        return {str(kind): span for kind, span in (self.blocks or {}).items()} or None
+
+    def _offered(self, graph: Graph) -> list[str]:
+        return [kind for kind in self.removes if graph.of_kind(kind)] or list(self.removes)
+
+    def _options(self, graph: Graph) -> dict[str, Any]:
+        """What the settings say of `select`."""
+        return {
+            "selection": self.selection,
+            "kinds": self._offered(graph),
+            "ranges": self._ranges,
+            "floor": self.floor,
+            "spread": self.spread,
+        }

@@ -22,7 +22,7 @@ from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Shot, Units
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
-from resect.plan import Pattern, Plan, cost_of, keep_all, select
+from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
 from resect.statistics import Data, Layer, Moments, collect_curvature, readers
@@ -90,7 +90,7 @@ class LLMSurgeon(Method):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         layout: str = "per-layer",
         align: int = 1,
         protect: Sequence[str] = (),
@@ -116,14 +116,7 @@ class LLMSurgeon(Method):
         `asked` are the options of `resect.plan.select`.
         """
         groups = _read(model, graph, self.kinds)
-        options: dict[str, Any] = {
-            **{name: value for name, value in asked.items() if name != "keep"},
-            "selection": self.selection,
-            "kinds": list(dict.fromkeys(group.kind for group in groups)),
-            "groups": [group.name for group in groups],
-            "floor": self.floor,
-            "spread": self.spread,
-        }
+        options = self._options(groups, asked)
         equal = {group.name: torch.zeros(group.units) for group in groups}
         select(graph, equal, keep=asked["keep"], **options)  # a budget out of reach is refused before the long part
         groups = [group for group in groups if group.name not in options.get("protect", ())]
@@ -135,6 +128,24 @@ class LLMSurgeon(Method):
             plan = select(graph, scores, keep=1 - (1 - asked["keep"]) * shot / self.shots, **options)
             yield shot, plan, scores
 
+    def again(
+        self, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], *, asked: Mapping[str, Any]
+    ) -> Plan | None:
+        """The last shot's plan for another budget; what earlier shots removed is worth nothing, and goes first."""
+        given = {name: asked[name] for name in ("of", "layout", "align", "protect")}
+        return select(graph, scores, keep=asked["keep"], **self._options(_read(model, graph, self.kinds), given))
+
+    def _options(self, groups: Sequence[Group], asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What the settings say of `select`, and what was asked."""
+        return {
+            **{name: value for name, value in asked.items() if name != "keep"},
+            "selection": self.selection,
+            "kinds": list(dict.fromkeys(group.kind for group in groups)),
+            "groups": [group.name for group in groups],
+            "floor": self.floor,
+            "spread": self.spread,
+        }
+
     def sparsify(
         self,
         model: nn.Module,
@@ -142,7 +153,7 @@ class LLMSurgeon(Method):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,
@@ -161,14 +172,17 @@ class LLMSurgeon(Method):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,
     ) -> Iterator[tuple[int, Pattern]]:
         """The number of every shot, when it is done, and what stays."""
-        if of == "macs":
-            raise UsageError("of=macs was asked; parts of single matrices are counted in parameters. Use of=blocks or of=model.")
+        if of not in ("blocks", "model"):
+            name = of.name if isinstance(of, Cost) else of
+            raise UsageError(
+                f"of={name} was asked; parts of single matrices are counted in parameters. Use of=blocks or of=model."
+            )
         damping, damping_gradients = self.damped
         asked = Sparsity(
             kind=self.mode,

@@ -21,7 +21,7 @@ from resect.errors import UsageError
 from resect.graph import Graph, Group, retrace
 from resect.methods.knowledge import RATIOS, analyze
 from resect.methods.method import Method, Shot, Units
-from resect.plan import Plan, keep_all, select
+from resect.plan import Cost, Plan, keep_all, select
 from resect.recovery import AdapterSettings
 from resect.report import Knowledge
 from resect.saliency import adapted_scores, score
@@ -94,7 +94,7 @@ class LoRAShear(Method):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         layout: str = "per-layer",
         align: int = 1,
         protect: Sequence[str] = (),

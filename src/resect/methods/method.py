@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resect.checkpoint import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
-from resect.plan import Pattern, Plan
+from resect.plan import Cost, Pattern, Plan
 from resect.statistics import Data
 
 Units = Annotated[int, Field(ge=0)]
@@ -79,7 +79,7 @@ class Method(BaseModel, ABC):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         layout: str = "per-layer",
         align: int = 1,
         protect: Sequence[str] = (),
@@ -91,6 +91,15 @@ class Method(BaseModel, ABC):
         The plan's notes may hold `shots`, a `Shot` each, and `losses` of training steps.
         """
 
+    def again(
+        self, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], *, asked: Mapping[str, Any]
+    ) -> Plan | None:
+        """The plan for another budget by the last scores; None where what was planned is done already.
+
+        `asked` are the options of `plan`.
+        """
+        return None
+
     def sparsify(
         self,
         model: nn.Module,
@@ -98,7 +107,7 @@ class Method(BaseModel, ABC):
         data: Data,
         *,
         keep: float,
-        of: str = "blocks",
+        of: str | Cost = "blocks",
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from resect.calibration import calibrate
 from resect.checkpoint import Progress, cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
+from resect.evaluation import LatencyTable
 from resect.explain import explain
 from resect.graph import VOCABULARY, Graph, trace
+from resect.methods.budget import Spending, check_budget, settled, spending
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.lorashear import LoRAShear
@@ -29,7 +31,7 @@ from resect.methods.method import Method, Shot
 from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
-from resect.plan import LAYOUTS, Pattern, Plan, keep_all, part_of
+from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
 from resect.statistics import BATCH_TOKENS, Data
 from resect.surgery import cut_and_check, gather_and_check
 
@@ -52,6 +54,8 @@ class Result:
     """The one given, without the tokens whose rows went."""
     pattern: Pattern | None = None
     """What stays of single matrices, where whole units were not what went."""
+    latency_table: LatencyTable | None = None
+    """What widths cost on this machine, where the budget was one of seconds."""
 
 
 def prune(
@@ -61,6 +65,8 @@ def prune(
     method: str = "llm-pruner",
     keep: float = 0.8,
     of: str = "blocks",
+    budget: str | Budget | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
     layout: str = "uniform",
     align: int = 1,
     data: str | Sequence[str] | Tensor | Data | None = None,
@@ -79,9 +85,12 @@ def prune(
 ) -> Result:
     """Prunes a model in place and checks that the cut model computes what the masked one does.
 
-    `keep` is the share of `of` (`blocks`, `model` parameters or `macs`) that stays. `layout="uniform"` gives every layer the
-    same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a calibration
-    source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the method's own.
+    `keep` is the share of `of` (`blocks`, `model` parameters or `macs`) that stays; `budget` says it in other words, like
+    `"latency:0.7@prefill:1x512"` or `"bytes:200MB"` (`resect.plan.Budget`). For one of seconds, what widths cost is measured on
+    this machine, unless a `latency_table` says it, and the plan is measured against the dense model. `layout="uniform"` gives
+    every layer the same sizes, among those a stock configuration can express; `"per-layer"` lets them differ. `data` is a
+    calibration source, or token windows [sequences, length]; none means text sampled from the model itself. `settings` are the
+    method's own.
     `vocabulary` names the text whose tokens stay: other rows of embedding and head go besides what `keep` says, and the result
     has the tokenizer that fits. `keep=1` then cuts nothing else. `protect` names groups that stay whole, or the file of an
     analysis that found them; the others meet the budget. `plan_only` stops before the cut.
@@ -102,6 +111,8 @@ def prune(
             f"Perplexity over sizes was asked for; it is measured with masks on the dense model, and {method} changes weights "
             "with these settings. Leave evaluation.curve out."
         )
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    check_budget(budget, keep=keep, of=of, method=chosen)
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         graph = trace(model, inputs)
@@ -117,6 +128,7 @@ def prune(
     pattern: Pattern | None = None
     provenance: dict[str, Any] | None = None
     withheld: dict[str, str] = {}
+    spent, facts = Spending(keep, of, budget), None
     if vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None:
         if chosen.coupled:
             with _timed(seconds, "trace"):
@@ -125,14 +137,21 @@ def prune(
         if chosen.needs_data:
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
-        asked = {"keep": keep, "of": of, "layout": layout, "align": align, "protect": spared, "seed": seed}
-        whole = [method, chosen.model_dump(mode="json"), asked, provenance]
+        rest = {"layout": layout, "align": align, "protect": spared, "seed": seed}
+        whole = [method, chosen.model_dump(mode="json"), {"keep": keep, "of": of, **rest}, provenance]
+        whole += [str(budget)] if budget else []
         if chosen.long:
             whole += [_fingerprint(list(given.batches)), _fingerprint(list(model.state_dict().values()))]
         with _noted(progress if chosen.long else None, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
+            with _timed(seconds, "budget"):
+                priced = {"kinds": chosen.removes, "table": latency_table, "progress": notes}
+                spent = spending(model, graph, budget, keep=keep, of=of, **priced)  # type: ignore[arg-type]
             if chosen.coupled:
+                asked: dict[str, Any] = {"keep": spent.keep, "of": spent.of, **rest}
                 with _timed(seconds, "plan"):
-                    plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)  # type: ignore[arg-type]
+                    plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)
+                with _timed(seconds, "budget"):
+                    plan, facts = settled(chosen, model, graph, plan, scores, asked, spent)
                 if watch is not None:
                     with _timed(seconds, "curve"):
                         watch(model, graph, _way(plan, scores, stops))
@@ -142,11 +161,12 @@ def prune(
                 plan &= keep_all([graph.group(name) for name in spared if graph.group(name).kind in chosen.removes])
             else:
                 with _timed(seconds, "plan"):
-                    shared = {"keep": keep, "of": of, "protect": spared, "seed": seed}
-                    pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)  # type: ignore[arg-type]
+                    shared: dict[str, Any] = {"keep": spent.keep, "of": spent.of, "protect": spared, "seed": seed}
+                    pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)
     shots = plan.notes.get("shots", [])
     told = {name: plan.notes[name] for name in ("losses", "knowledge") if name in plan.notes}
-    plan = plan.model_copy(update={"notes": {"method": method, "keep": keep, "of": of, "layout": layout, "seed": seed}})
+    said = {"budget": str(budget)} if budget else {"keep": keep, "of": of}
+    plan = plan.model_copy(update={"notes": {"method": method, **said, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
         "method": method,
@@ -155,6 +175,7 @@ def prune(
         "withheld": withheld,
         "protected": list(dict.fromkeys([*spared, *(told["knowledge"].protected if "knowledge" in told else ())])),
         "vocabulary": trimmed.notes.get(VOCABULARY),
+        "budget": facts,
         "seconds": seconds,
         **told,
         "shots": [_sizes(graph, shot.plan) | {"number": number, "loss": shot.loss} for number, shot in enumerate(shots, 1)],
@@ -170,7 +191,7 @@ def prune(
                 report["cut_equals_mask"] = max(report["cut_equals_mask"], gathered, key=lambda found: found["difference"])
     if pattern is not None:
         report |= _pattern_report(model, graph, pattern)
-    return Result(model, plan, report, scores, graph, tokenizer, pattern)
+    return Result(model, plan, report, scores, graph, tokenizer, pattern, spent.table)
 
 
 def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> Method:

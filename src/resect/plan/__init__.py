@@ -1,22 +1,31 @@
 """Which units stay: scores, prices and a budget give a plan."""
 
+from resect.plan.budget import BUDGETS, OF, PHASES, Budget, Cost, Workload, bytes_cost, cost_of, macs_cost, macs_of
 from resect.plan.pattern import Matrix, Pattern, lowest, rows_and_columns
 from resect.plan.plan import Kept, Plan, keep_all
-from resect.plan.select import LAYOUTS, OF, SELECTIONS, Ranges, cost_of, part_of, select, select_share, spent_first
+from resect.plan.select import LAYOUTS, SELECTIONS, Ranges, part_of, select, select_share, spent_first
 
 __all__ = [
+    "BUDGETS",
     "LAYOUTS",
     "OF",
+    "PHASES",
     "SELECTIONS",
+    "Budget",
+    "Cost",
     "Kept",
     "Matrix",
     "Pattern",
     "Plan",
     "Ranges",
+    "Workload",
+    "bytes_cost",
     "cost_of",
     "keep_all",
     "lowest",
     "part_of",
+    "macs_cost",
+    "macs_of",
     "rows_and_columns",
     "select",
     "select_share",

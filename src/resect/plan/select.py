@@ -7,15 +7,17 @@ gone, so that every ladder loses the same share. `spread` lies between the two: 
 than so many times the share that all would lose alike, because single losses stop adding up when most of a group goes.
 Steps are taken in order until the budget is met; then the dearest ones that are not needed are given back, which lands
 within one step of the target.
+
+Where a cost goes down in stairs (`Cost.stops`), steps go from one edge to the next, and each has a price of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from math import ceil, inf
 
 import torch
@@ -23,13 +25,12 @@ from torch import Tensor
 
 from resect.errors import NumericsError, UsageError, nearest
 from resect.graph import DEPTH, KINDS, Graph, Group
+from resect.plan.budget import OF, Cost, cost_of
 from resect.plan.plan import Kept, Plan
 
-OF = ("blocks", "model", "macs")
 LAYOUTS = ("uniform", "per-layer")
 SELECTIONS = ("global", "local")
 Ranges = Mapping[str, tuple[int, int]]
-Cost = Callable[[Mapping[str, int]], int]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def select(
     scores: Mapping[str, Tensor],
     *,
     keep: float,
-    of: str = "blocks",
+    of: str | Cost = "blocks",
     layout: str = "per-layer",
     selection: str = "global",
     align: int = 1,
@@ -63,11 +64,11 @@ def select(
     """The plan that keeps the share `keep` of a cost and loses least by the given saliencies.
 
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
-    parameters of the model, or multiply-accumulates on `tokens` tokens. `align` rounds the channels and residual channels
-    that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `protect` those that stay whole
-    (with them the blocks and sub-layers that they lie in), `ranges` bounds the layers of a kind, `(first, last + 1)`. At least
-    `floor` units of every group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what a group may
-    lose, as a multiple of the share that its kind would lose if all lost alike.
+    parameters of the model, multiply-accumulates on `tokens` tokens, or any other `Cost`. `align` rounds the channels and
+    residual channels that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `protect` those
+    that stay whole (with them the blocks and sub-layers that they lie in), `ranges` bounds the layers of a kind, `(first, last
+    + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what
+    a group may lose, as a multiple of the share that its kind would lose if all lost alike.
     `within` is an earlier plan for the same groups: what it removed is gone, whatever it was worth.
     The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
@@ -81,7 +82,7 @@ def select(
     scores = {name: spent_first(values, within, name) for name, values in scores.items()} if within else scores
     dense = cost({})
     target = keep * dense
-    prices = [dense - cost({group.name: 1 for group in ladder}) for ladder in ladders]
+    prices = [_Prices(cost, ladder) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
     spent = [gone.get(ladder[0].name, 0) for ladder in ladders]
@@ -95,9 +96,10 @@ def select(
     taken = _take(steps, ladders, cost, target)
     if taken is None:
         least = ceil(cost(_removed(steps, ladders)) / dense * 1e4) / 1e4
+        amount = f" ({cost(_removed(steps, ladders)):,} {cost.unit})" if cost.unit else ""
         raise UsageError(
-            f"keep={keep:g} of {of} cannot be met by removing {', '.join(kinds)}: with {_stays(least_by_kind)} kept in every "
-            f"group the smallest reachable share is {least:.4f}. Raise keep, or "
+            f"keep={keep:g} of {cost.name} cannot be met by removing {', '.join(kinds)}: with {_stays(least_by_kind)} kept in "
+            f"every group the smallest reachable share is {least:.4f}{amount}. Raise keep, or "
             + ("protect fewer groups." if protect else "let more kinds or layers be cut.")
         )
     return _plan(ladders, scores, taken)
@@ -127,15 +129,6 @@ def select_share(
     return _plan(ladders, scores, removed)
 
 
-def cost_of(graph: Graph, of: str, *, tokens: int = 64) -> Cost:
-    """What a budget counts, as a function of the units removed by group."""
-    if of == "blocks" and not graph.parameter_count(blocks_only=True):
-        raise UsageError("keep was asked of the parameters in blocks, and the network has none. Use of=model.")
-    if of == "macs":
-        return lambda removed: graph.macs(removed, tokens=tokens)
-    return lambda removed: graph.parameter_count(removed, blocks_only=of == "blocks")
-
-
 def _floor(graph: Graph, ladder: list[Group], asked: int) -> int:
     """How many units of each group of a ladder stay: what was asked, if the network can do with so few."""
     return max(0 if group.kind in DEPTH else max(asked, graph.least(group)) for group in ladder)
@@ -147,10 +140,12 @@ def _stays(floor: Mapping[str, int]) -> str:
     return ", ".join(f"at least {least} {kind}" for kind, least in floor.items())
 
 
-def _check(keep: float, *, of: str, layout: str, selection: str, kinds: Sequence[str]) -> None:
+def _check(keep: float, *, of: str | Cost, layout: str, selection: str, kinds: Sequence[str]) -> None:
     if not 0 < keep <= 1:
         raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
-    named = [("of", of, OF), ("layout", layout, LAYOUTS), ("selection", selection, SELECTIONS)]
+    named: list[tuple[str, str, Sequence[str]]] = [("layout", layout, LAYOUTS), ("selection", selection, SELECTIONS)]
+    if isinstance(of, str):
+        named.append(("of", of, OF))
     for name, value, known in [*named, *(("kind", kind, KINDS) for kind in kinds)]:
         if value not in known:
             raise UsageError(f"There is no {name} {value!r}. {nearest(value, known)}")
@@ -234,7 +229,7 @@ def _order(
     ladders: list[list[Group]],
     scores: Mapping[str, Tensor],
     *,
-    prices: Sequence[int],
+    prices: Sequence[_Prices],
     floors: Sequence[int],
     aligns: Sequence[int],
     spent: Sequence[int],
@@ -243,7 +238,7 @@ def _order(
     """All steps, first to go first; one block is left whatever happens."""
     steps: list[Step] = []
     for number, (ladder, price, least, width, went) in enumerate(zip(ladders, prices, floors, aligns, spent, strict=True)):
-        sizes = _removals(ladder[0].units, width, least)
+        sizes = _removals(ladder[0].units, width, least, price.stops)
         found = _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
         before = accumulate(sizes)
         steps += [replace(step, key=-inf) if done <= went else step for step, done in zip(found, before, strict=False)]
@@ -254,24 +249,68 @@ def _order(
     return steps
 
 
-def _removals(units: int, align: int, floor: int) -> list[int]:
-    """How many units each step removes: one at a time, or down to multiples of `align`."""
+@dataclass(frozen=True)
+class _Prices:
+    """What the steps of a ladder save."""
+
+    cost: Cost
+    ladder: list[Group]
+
+    @cached_property
+    def stops(self) -> Sequence[int] | None:
+        """The numbers of units at which it is worth stopping; None: at any."""
+        stops = self.cost.stops
+        return None if stops is None else sorted({stop for group in self.ladder for stop in stops(group.name)})
+
+    @cached_property
+    def _unit(self) -> float:
+        return float(self.cost({})) - self._after(1)
+
+    def of(self, sizes: Sequence[int]) -> Tensor:
+        """The savings of steps of so many units, [steps]."""
+        if self.stops is None:
+            return torch.tensor(sizes, dtype=torch.float64) * self._unit
+        costs = [self.cost({}), *map(self._after, accumulate(sizes))]
+        return torch.tensor([before - after for before, after in pairwise(costs)], dtype=torch.float64)
+
+    def keys(self, losses: Tensor, prices: Tensor) -> Tensor:
+        """Loss per cost [steps], such that no step comes before those that must go first."""
+        return (losses / prices).cummax(0).values if self.stops is None else _pooled(losses, prices)
+
+    def _after(self, count: int) -> float:
+        return float(self.cost({group.name: count for group in self.ladder}))
+
+
+def _pooled(losses: Tensor, prices: Tensor) -> Tensor:
+    """Loss per cost of every step [steps], each run of steps that leads to a bargain taken as one."""
+    runs: list[tuple[float, float, int]] = []
+    for loss, price in zip(losses.tolist(), prices.tolist(), strict=True):
+        run = (loss, price, 1)
+        while runs and runs[-1][0] * run[1] >= run[0] * runs[-1][1]:
+            before = runs.pop()
+            run = (before[0] + run[0], before[1] + run[1], before[2] + run[2])
+        runs.append(run)
+    return torch.tensor([loss / price for loss, price, steps in runs for _ in range(steps)], dtype=torch.float64)
+
+
+def _removals(units: int, align: int, floor: int, stops: Sequence[int] | None = None) -> list[int]:
+    """How many units each step removes: one at a time, or down to multiples of `align`, or from stop to stop."""
     lowest = max(floor, align) if floor and align > 1 else floor
-    stays = [kept for kept in range(units - 1, lowest - 1, -1) if kept % align == 0]
+    offered = range(lowest, units) if stops is None else [kept for kept in stops if lowest <= kept < units]
+    stays = [kept for kept in reversed(offered) if kept % align == 0]
     return [before - after for before, after in zip([units, *stays], stays, strict=False)]
 
 
 def _steps(
-    number: int, ladder: list[Group], scores: Mapping[str, Tensor], *, sizes: list[int], price: int, local: bool
+    number: int, ladder: list[Group], scores: Mapping[str, Tensor], *, sizes: list[int], price: _Prices, local: bool
 ) -> list[Step]:
-    if not sizes or price <= 0:
+    prices = price.of(sizes)
+    if not sizes or not bool((prices > 0).all()):
         return []
     ordered = torch.stack([_score(scores, group).sort().values for group in ladder]).sum(0)  # [units]
     losses = torch.stack([chunk.sum() for chunk in ordered[: sum(sizes)].split(sizes)])
-    widths = torch.tensor(sizes, dtype=torch.float64)
-    loss = losses / (widths * price)
-    key = widths.cumsum(0) / ladder[0].units if local else loss.cummax(0).values
-    tie = loss if local else key
+    key = torch.tensor(sizes, dtype=torch.float64).cumsum(0) / ladder[0].units if local else price.keys(losses, prices)
+    tie = losses / prices if local else key
     return [Step(k, v, number, size) for k, v, size in zip(key.tolist(), tie.tolist(), sizes, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Recipes: everything that a run needs in one file, and carrying it out."""
 
 from resect.recipe.analysis import analysis
+from resect.recipe.bench import bench
 from resect.recipe.comparing import compare
 from resect.recipe.measure import conversations, evaluate
 from resect.recipe.reading import evaluation_section, read_recipe
@@ -19,6 +20,7 @@ __all__ = [
     "VocabularySection",
     "analysis",
     "compare",
+    "bench",
     "conversations",
     "evaluate",
     "evaluation_section",

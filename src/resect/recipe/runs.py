@@ -110,7 +110,7 @@ def _run(
     if recipe.recovery is not None and not dry_run:
         report.recovery = _recover(recipe, result, progress=progress, resume=resume, stages=stages)
     if dry_run:
-        files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _pattern(result)
+        files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _decided(result)
         _write_plan(directory, files, overwrite=overwrite)
         if not resume:
             shutil.rmtree(progress, ignore_errors=True)
@@ -146,7 +146,7 @@ def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
 
 def _pruning(recipe: Recipe) -> str:
     """What is about to happen, in words."""
-    if recipe.vocabulary is not None and recipe.keep == 1:
+    if recipe.vocabulary is not None and recipe.keep == 1 and not recipe.budget:
         return f"cut the vocabulary to what {', '.join(recipe.vocabulary.source)} needs"
     text = ", ".join(recipe.calibration.source or ("text that the model writes itself",))
     return f"{recipe.method} on {recipe.calibration.samples} x {recipe.calibration.length} tokens of {text}"
@@ -174,6 +174,8 @@ def _prune(
         method=recipe.method,
         keep=recipe.keep,
         of=recipe.of,
+        budget=recipe.budget,
+        latency_table=recipe.latency_table,
         layout=recipe.layout,
         align=recipe.align,
         data=calibration.source,
@@ -226,9 +228,10 @@ def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, st
         ).facts
 
 
-def _pattern(result: Result) -> dict[str, str]:
-    """What stays of single matrices, as a file by name, where that was the decision."""
-    return {"pattern.json": result.pattern.to_json()} if result.pattern else {}
+def _decided(result: Result) -> dict[str, str]:
+    """Files besides the plan by name: what stays of single matrices, and what widths cost, where that decided."""
+    pattern = {"pattern.json": result.pattern.to_json()} if result.pattern else {}
+    return pattern | ({"latency.json": result.latency_table.to_json()} if result.latency_table else {})
 
 
 def _save(
@@ -238,7 +241,7 @@ def _save(
     assert isinstance(result.model, PreTrainedModel)
     with placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_pattern(result))
+            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_decided(result))
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
         report.saved = facts(saved, directory)

@@ -138,6 +138,10 @@ class Recipe(Section):
     method: str = "llm-pruner"
     keep: float = Field(default=0.8, gt=0, le=1)
     of: Literal["blocks", "model", "macs"] = "blocks"
+    budget: str | None = None
+    """In the place of `keep` and `of`: KIND:SHARE[@WHERE], like `latency:0.7@prefill:1x512` or `bytes:200MB`."""
+    latency_table: str | None = None
+    """What widths cost, from `resect bench --table`; None: a latency budget measures that anew."""
     layout: Literal["uniform", "per-layer"] = "uniform"
     align: int = Field(default=1, ge=1)
     calibration: CalibrationSection = CalibrationSection()
@@ -170,6 +174,18 @@ class Recipe(Section):
         if method not in METHODS:
             raise ValueError(f"method = {method!r}: there is no such method. {nearest(method, METHODS)}")
         return method
+
+    @field_validator("budget")
+    @classmethod
+    def _readable(cls, budget: str | None, info: ValidationInfo) -> str | None:
+        if budget is None:
+            return None
+        from resect.methods import check_budget
+        from resect.plan import Budget
+
+        found = Budget.parse(budget)
+        check_budget(found, keep=info.data.get("keep", 0.8), of=info.data.get("of", "blocks"))
+        return str(found)
 
     @field_validator("settings")
     @classmethod

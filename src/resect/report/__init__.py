@@ -1,5 +1,6 @@
 """Results as values with a versioned JSON form, as tables for a terminal, and as Markdown."""
 
+from resect.report.bench import Benched, BenchReport, BenchRow, bench_markdown, bench_table
 from resect.report.compare import Comparison, comparison, comparison_tables
 from resect.report.figures import mean_of
 from resect.report.inspection import Inspection, inspection
@@ -11,6 +12,7 @@ from resect.report.page import comparison_html, knowledge_html, recovery_html, r
 from resect.report.picture import inspection_dot, inspection_tree
 from resect.report.recovery import RecoveryReport, recovery_markdown, recovery_report, recovery_tables
 from resect.report.results import (
+    BudgetMet,
     Curve,
     CurvePoint,
     Difference,
@@ -32,6 +34,10 @@ __all__ = [
     "Comparison",
     "Curve",
     "CurvePoint",
+    "BenchReport",
+    "BenchRow",
+    "Benched",
+    "BudgetMet",
     "Difference",
     "EvaluationReport",
     "GroupKnowledge",
@@ -49,6 +55,8 @@ __all__ = [
     "Timings",
     "comparison",
     "comparison_html",
+    "bench_markdown",
+    "bench_table",
     "comparison_table",
     "comparison_tables",
     "inspection",

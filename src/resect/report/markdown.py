@@ -9,7 +9,7 @@ from resect.report.parts import Table, bullets, inline, markdown
 from resect.report.recovery import facts_markdown
 from resect.report.results import RunReport
 from resect.report.sections import checks, curve, headline, made_with, perplexity_note, scores, seconds, shots
-from resect.report.words import STATUS, asked, kept_shares, protected_lines, provenance, vocabulary_lines
+from resect.report.words import STATUS, asked, budget_lines, kept_shares, protected_lines, provenance, vocabulary_lines
 
 
 def run_markdown(report: RunReport) -> str:
@@ -24,7 +24,7 @@ def run_markdown(report: RunReport) -> str:
         "## What every layer keeps",
         _layers(report),
         *_withheld(report),
-        bullets([*protected_lines(report), *vocabulary_lines(report)]),
+        bullets([*budget_lines(report), *protected_lines(report), *vocabulary_lines(report)]),
         *(["## Recovery", *facts_markdown(report.recovery, level="###")] if report.recovery else []),
         *_titled("Quality over size", curve(report)),
         *_titled("Shots", shots(report)),

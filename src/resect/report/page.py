@@ -22,7 +22,7 @@ from resect.report.knowledge_picture import knowledge_chart
 from resect.report.parts import Pair, Section, Table, Tile
 from resect.report.recovery import RecoveryReport, facts_lines, facts_losses, facts_rounds, recovery_asked, recovery_lines
 from resect.report.results import RunReport
-from resect.report.words import STATUS, asked, kept_shares, protected_lines, provenance, vocabulary_lines
+from resect.report.words import STATUS, asked, budget_lines, kept_shares, protected_lines, provenance, vocabulary_lines
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -172,7 +172,7 @@ def _finite(value: Any) -> Any:
 
 
 def _kept(report: RunReport) -> Section:
-    lines = [*protected_lines(report), *vocabulary_lines(report)]
+    lines = [*budget_lines(report), *protected_lines(report), *vocabulary_lines(report)]
     chart = charts.kept(report)
     table = [] if chart or not report.groups else [sections.kept(report)]
     return Section("kept", "What every layer keeps", charts=present(chart), tables=table, lines=lines)

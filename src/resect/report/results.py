@@ -172,7 +172,7 @@ class Measurements(Record):
 
 
 class Timings(Record):
-    """Wall-clock figures, batch size 1."""
+    """Wall-clock figures."""
 
     prompt: int
     decode: int
@@ -294,6 +294,26 @@ class Curve(Record):
     """Dense first; the last is the plan as it was carried out."""
 
 
+class BudgetMet(Record):
+    """A budget, and what the plan costs: as predicted, and as measured with the whole network where it is one of seconds."""
+
+    asked: str
+    keep: float
+    """The share that was to stay."""
+    cost: float
+    dense: float
+    predicted: float
+    """The share that stays, as counted, or by the latency table."""
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """What the measured share lies between, 95 % of a bootstrap of the rounds."""
+    seconds: float | None = None
+    dense_seconds: float | None = None
+    tried: list[dict[str, float]] = []
+    """Every plan that was measured, predicted and measured share."""
+
+
 class RunReport(Record):
     """A run: what was asked, what came of it, what it took."""
 
@@ -313,6 +333,8 @@ class RunReport(Record):
     """Groups that were to stay whole."""
     vocabulary: VocabularyCut | None = None
     """None where all tokens stay."""
+    budget: BudgetMet | None = None
+    """None where `keep` and `of` say it."""
     frozen: list[str] = []
     """Why axes are kept whole."""
     saliency: Saliency | None = None
@@ -416,6 +438,7 @@ def run_report(
         withheld=pruning["withheld"],
         protected=pruning.get("protected", []),
         vocabulary=_vocabulary(recipe, pruning),
+        budget=BudgetMet(**pruning["budget"]) if pruning.get("budget") else None,
         frozen=pruning["frozen"],
         saliency=saliency,
         shots=[ShotSizes(**shot) for shot in pruning.get("shots", [])],

@@ -15,7 +15,7 @@ from resect.report.layers import LayerRow, bar, kinds_of, layer_rows, spans
 from resect.report.picture import inspection_tree
 from resect.report.recovery import facts_tables
 from resect.report.results import EvaluationReport, Measured, RunReport
-from resect.report.words import asked, measuring, protected_lines, protocol, provenance, vocabulary_lines
+from resect.report.words import asked, budget_lines, measuring, protected_lines, protocol, provenance, vocabulary_lines
 
 FROZEN_SHOWN = 12
 """Lines of frozen axes shown; the JSON form has all."""
@@ -39,7 +39,7 @@ def run_tables(report: RunReport) -> Group:
         layer_table(report),
     ]
     parts += [Text(f"{kind} stay whole: {why}", style="yellow") for kind, why in report.withheld.items()]
-    parts += [Text(line) for line in (*protected_lines(report), *vocabulary_lines(report))]
+    parts += [Text(line) for line in (*budget_lines(report), *protected_lines(report), *vocabulary_lines(report))]
     if report.recovery:
         parts += [Text("Recovery", style="bold"), *facts_tables(report.recovery)]
     if report.prompts and report.pruned.generations:

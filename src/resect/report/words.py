@@ -28,6 +28,8 @@ def asked(report: RunReport) -> str:
     settings = recipe["settings"]
     if settings.get("share") is not None:
         target = f"share {settings['share']:g} of every chosen group removed"
+    elif recipe.get("budget"):
+        target = f"budget {recipe['budget']}"
     else:
         target = f"{100 * recipe['keep']:g} % of {OF[recipe['of']]} kept"
     if report.vocabulary is not None:
@@ -50,7 +52,8 @@ def _decides(settings: Mapping[str, Any]) -> str:
 def touches_more(report: RunReport) -> bool:
     """Whether anything but the vocabulary was to be cut."""
     recipe = report.recipe
-    return report.vocabulary is None or recipe["keep"] < 1 or recipe["settings"].get("share") is not None
+    asked = recipe["keep"] < 1 or recipe.get("budget") or recipe["settings"].get("share") is not None
+    return report.vocabulary is None or bool(asked)
 
 
 def vocabulary_lines(report: RunReport) -> list[str]:
@@ -69,6 +72,22 @@ def vocabulary_lines(report: RunReport) -> list[str]:
         more = f", {text.pruned_tokens:,} in all now: its perplexities before and after are of different tokens"
         lines.append(f"{gone}{more if text.missing else ''}.")
     return lines
+
+
+def budget_lines(report: RunReport) -> list[str]:
+    """Whether a budget was met: predicted, and measured."""
+    found = report.budget
+    if found is None:
+        return []
+    if found.measured is None or found.low is None or found.high is None:
+        return [f"Budget {found.asked}: {found.cost:,.0f} of {found.dense:,.0f} stay, {100 * found.predicted:.2f} %."]
+    off = found.measured / found.keep - 1
+    plans = f", {len(found.tried)} plans tried" if len(found.tried) > 1 else ""
+    return [
+        f"Budget {found.asked}: the table says {100 * found.predicted:.1f} % of the dense network's time, measured in turns "
+        f"{100 * found.measured:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}], {100 * off:+.1f} % off what was "
+        f"asked{plans}."
+    ]
 
 
 def protected_lines(report: RunReport) -> list[str]:
