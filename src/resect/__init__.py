@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resect.calibration import calibrate
     from resect.checkpoint import cut_tokenizer, load, load_tokenizer, needed_tokens, save, skeleton
+    from resect.export import Exported, export
     from resect.graph import Graph, trace
     from resect.methods import Knowledge, Result, Vocabulary, analyze, prune, vocabulary_plan
     from resect.plan import Plan
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from resect.surgery import cut, mask, masked
 
 __all__ = [
+    "Exported",
     "Graph",
     "Knowledge",
     "Plan",
@@ -26,6 +28,7 @@ __all__ = [
     "calibrate",
     "cut",
     "cut_tokenizer",
+    "export",
     "load",
     "load_tokenizer",
     "mask",
@@ -42,6 +45,7 @@ __all__ = [
 _ROOMS = {
     "calibrate": "calibration",
     **dict.fromkeys(("cut_tokenizer", "load", "load_tokenizer", "needed_tokens", "save", "skeleton"), "checkpoint"),
+    **dict.fromkeys(("Exported", "export"), "export"),
     **dict.fromkeys(("Graph", "trace"), "graph"),
     **dict.fromkeys(("Knowledge", "Result", "Vocabulary", "analyze", "prune", "vocabulary_plan"), "methods"),
     "Plan": "plan",

@@ -64,6 +64,42 @@ def whole_directory(directory: str | Path, *, overwrite: bool = False) -> Iterat
         raise
 
 
+@contextmanager
+def whole_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling to write; it takes the name `file` when the block ends well, and is gone otherwise.
+
+    It has the suffix of `file`. Raises `CheckpointError` like `check_file` and when the disk fails.
+    """
+    target = check_file(file, overwrite=overwrite)
+    made = _make_parents(target.parent)
+    partial = target.with_name(f".{target.stem}.partial-{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        _remove_empty(made)
+        if _out_of_space(error):
+            raise CheckpointError(f"Asked to write {target}; the disk is full. Free some space, or name another disk.") from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"Asked to write {target}; {error}. Nothing was changed there.") from error
+        raise
+
+
+def check_file(file: str | Path, *, overwrite: bool = False) -> Path:
+    """The absolute path that `file` names, if it may be written; ask before long work. Raises `CheckpointError` else."""
+    target = Path(file).expanduser().resolve()
+    if target.is_dir():
+        raise CheckpointError(f"Asked to write the file {target}, which is a directory. Name a file in it.")
+    if target.exists() and not overwrite:
+        raise CheckpointError(
+            f"Asked to write {target}, which exists. Name another file, or ask to overwrite (--overwrite, overwrite=True)."
+        )
+    return target
+
+
 def _make_parents(parent: Path) -> list[Path]:
     """Creates what is missing above the directory; gives it innermost first, to be undone."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from resect.checkpoint.card import card
+from resect.checkpoint.card import About, card
 from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.silence import quiet
@@ -62,19 +62,22 @@ def save(
     plan: Jsonable | None = None,
     overwrite: bool = False,
     extra_files: Mapping[str, str] | None = None,
+    about: About | None = None,
 ) -> Saved:
     """Writes the cut (or dense) `model`: safetensors, configuration, tokenizer, `plan.json`, `resect.json`, README.
 
     The directory is whole or not there: it is written beside its place and renamed. What is written is checked first:
     a model built from the configuration and filled with the weights must give the logits of `model`, within rounding.
-    The model is not changed. `extra_files` maps relative paths to text. Raises `CheckpointError` when `directory`
-    holds something and not `overwrite`, when writing fails, and when no configuration reproduces the model.
+    The model is not changed. `extra_files` maps relative paths to text, `about` goes into the README. Raises
+    `CheckpointError` when `directory` holds something and not `overwrite`, when writing fails, and when no configuration
+    reproduces the model.
     """
     target = check_directory(directory, overwrite=overwrite)
     record = record_of(model)
     _check_tokenizer(model, tokenizer, record)
     written, saved = _loadable(model, record, target)
-    files = {"resect.json": _describe(saved, record), "README.md": card(saved, has_tokenizer=tokenizer is not None)}
+    readme = card(saved, has_tokenizer=tokenizer is not None, about=about)
+    files = {"resect.json": _describe(saved, record), "README.md": readme}
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
     files |= extra_files or {}
     with whole_directory(target, overwrite=overwrite) as partial, quiet():
@@ -104,7 +107,7 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> 
 def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[PreTrainedModel, Saved]:
     """A model with the weights of `model` whose configuration, saved, gives it back; and how it will load."""
     stock_class: type[PreTrainedModel] = getattr(type(model), "stock_class", type(model))
-    config = _shortened(model, stock_class, record)
+    config = shortened(model, stock_class, record)
     filled: list[tuple[PreTrainedModel, float]] = []  # of the last proposal accepted
 
     def accept(stock: Stock) -> str:
@@ -128,8 +131,8 @@ def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[Pre
     return written, Saved(str(target), layout, kind, relabelled, changes, reason, difference, count)
 
 
-def _shortened(model: PreTrainedModel, stock_class: type[PreTrainedModel], record: Record) -> PreTrainedConfig:
-    """The dense configuration of the model's stock class, with as many layers as are left."""
+def shortened(model: PreTrainedModel, stock_class: type[PreTrainedModel], record: Record) -> PreTrainedConfig:
+    """The dense configuration of the model's stock class, with as many layers as are left; `record` is the model's."""
     fields = model.config.to_dict()
     for name in ("resect", "auto_map", "model_type", "quantization_config"):
         fields.pop(name, None)

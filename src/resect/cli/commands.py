@@ -400,6 +400,47 @@ def analyze(
 
 
 @app.command()
+def export(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="A directory; for gguf and pt2 a file.")],
+    format: Annotated[str, typer.Option("--format", metavar="F", help="hf, hf-padded, gguf, onnx, pt2.")] = "hf",
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="gguf: f16 (default), f32, bf16, q8_0, q4_0, q4_1. hf: int8. Default otherwise: none."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Whether the format's own reader, in a fresh process, must agree.")
+    ] = True,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Put it on the hub too.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everyone; else a new repository there is private.")] = False,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Write MODEL for transformers, llama.cpp, onnxruntime or torch.export, and check it there."""
+    with answering(as_json=json) as answer:
+        answer.announce("wake up")
+        from resect.export import export
+        from resect.report import export_table
+
+        found = export(
+            model,
+            format=format,
+            output=output,
+            quantize=quantize,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            private=not public,
+            dtype=dtype or "float32",
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            announce=answer.announce,
+        )
+        answer.give(found.to_json(), export_table(found))
+
+
+@app.command()
 def chat(
     model: Model,
     beside: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model that answers after it.")] = None,

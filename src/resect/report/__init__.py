@@ -2,6 +2,7 @@
 
 from resect.report.bench import Benched, BenchReport, BenchRow, bench_markdown, bench_table
 from resect.report.compare import Comparison, comparison, comparison_tables
+from resect.report.exports import export_table
 from resect.report.figures import mean_of
 from resect.report.inspection import Inspection, inspection
 from resect.report.knowledge import GroupKnowledge, Knowledge, Removal, knowledge_markdown, knowledge_table
@@ -59,6 +60,7 @@ __all__ = [
     "bench_table",
     "comparison_table",
     "comparison_tables",
+    "export_table",
     "inspection",
     "inspection_dot",
     "inspection_tables",
