@@ -99,6 +99,7 @@ def export(
                 asked.model,
                 form.stored(asked),
                 limits=form.limits(asked),
+                rounding=lambda stored: form.rounding(asked, stored),
                 tokenizer=asked.tokenizer,
                 context=facts.get("context_length"),
                 shortest=facts.get("shortest", 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a reader may be off torch with the same weights, nats."""
+    """How far a reader may be off torch with the same weights, nats, besides what its rounding does to this model."""
 
     difference: float | None
     """The largest difference of log-probabilities; None where only the divergence counts."""
@@ -54,6 +55,8 @@ class Format:
     """Raises `UsageError`, before anything is written, for a model that the format cannot take."""
     limits: Callable[[Asked], Limits]
     stored: Callable[[Asked], PreTrainedModel] = lambda asked: asked.model
+    rounding: Callable[[Asked, PreTrainedModel], AbstractContextManager[None]] = lambda asked, model: nullcontext()
+    """While it lasts, a model rounds what goes into its matrix products as the reader does."""
     writers: Mapping[str, str] = field(default_factory=dict)
     """Packages that write it, by the module that shows that they are there."""
     readers: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ LIMITS = {
     "bf16": Limits(None, 1e-2),
     **dict.fromkeys(("q8_0", "q4_0", "q4_1"), Limits(None, 2e-2)),
 }
-"""llama.cpp rounds what goes into a matrix product as it stores the matrix; for four-bit types, to eight bits. That can move
-the logarithm of a small probability by a nat, so the divergence counts there."""
+"""Besides what rounding does: that can move the logarithm of a small probability by a nat, so the divergence counts there."""
 TABLE = Limits(5e-2, 1e-4)
 """Where the activation is GELU: llama.cpp looks it up in a table of float16."""
 LARGEST_F16 = 65504
@@ -91,10 +91,8 @@ def stored(asked: Asked) -> PreTrainedModel:
     columns = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     for name, parameter in model.named_parameters():
         rows = parameter.data.float().T if name in columns else parameter.data.float()
-        padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % BLOCK)) if _is_down(name) else rows
-        kind = _type(_name(names, name) or name, padded.shape, asked.quantize)
-        again = torch.from_numpy(gguf.dequantize(_bytes(padded.contiguous().numpy(), kind), kind)).reshape(padded.shape)
-        again = again[..., : rows.shape[-1]]
+        width = rows.shape[-1] + (-rows.shape[-1] % BLOCK if _is_down(name) else 0)
+        again = _rounded(rows, _type(_name(names, name) or name, (*rows.shape[:-1], width), asked.quantize))
         parameter.data = (again.T if name in columns else again).to(parameter.dtype).contiguous()
     return model
 
@@ -103,6 +101,31 @@ def limits(asked: Asked) -> Limits:
     """How far llama.cpp may be off."""
     table = model_type(asked.model) in ("gemma2", "gpt2")
     return TABLE if table and asked.quantize == "f32" else LIMITS[asked.quantize]
+
+
+@contextmanager
+def rounding(asked: Asked, model: PreTrainedModel) -> Iterator[None]:
+    """llama.cpp rounds what goes into a matrix product as it stores the matrix; for types of four and eight bits, to eight."""
+    products = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    kind = Type.Q8_0 if asked.quantize.startswith("q") else TYPES[asked.quantize][0]
+
+    def before(module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_rounded(given[0], kind), *given[1:])
+
+    hooks = [module.register_forward_pre_hook(before) for module in products]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounded(values: Tensor, kind: Type) -> Tensor:
+    """What is left of values that were stored as a type, row by row."""
+    width = values.shape[-1]
+    padded = torch.nn.functional.pad(values.float(), (0, -width % BLOCK)).contiguous()
+    again = torch.from_numpy(gguf.dequantize(_bytes(padded.cpu().numpy(), kind), kind)).reshape(padded.shape)
+    return again[..., :width].to(values)
 
 
 def _tensors(found: Prepared) -> Iterator[tuple[str, Tensor]]:
@@ -201,6 +224,7 @@ FORMAT = Format(
     check=check,
     limits=limits,
     stored=stored,
+    rounding=rounding,
     readers={"xllamacpp": "xllamacpp"},
     extra="llama-cpp",
 )
