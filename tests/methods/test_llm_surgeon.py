@@ -16,7 +16,7 @@ from resect.graph import Graph
 from resect.methods import Compensation, LLMSurgeon
 from resect.methods.compensation import compensate
 from resect.plan import Kept, Plan
-from resect.statistics import Classes, Data, layer_of
+from resect.statistics import Classes, Data, Moments, collect_curvature, layer_of
 from resect.surgery import masked
 from tests.models import FAMILIES, assert_untouched, copy_of, random_tokens, snapshot
 
@@ -272,3 +272,69 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] = torch.nan
     with pytest.raises(NumericsError):
         surgeon(model)
+
+
+# A second Kronecker term
+
+CLIPPED = pytest.mark.filterwarnings("ignore::resect.errors.SecondTermClipped")
+
+
+@CLIPPED
+def test_a_second_term_is_noted_and_a_run_cut_short_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, progress = FAMILIES["llama_biases"](), tmp_path / "run"
+    asked: dict[str, Any] = {"settings": {"shots": 2, "terms": 2}, "data": TOKENS[:8]}
+    whole, again = copy_of(dense), copy_of(dense)
+    expected = surgeon(whole, **asked)
+    moments: list[dict[str, Tensor]] = []
+    put = Progress.put
+
+    def interrupted(self: Progress, name: str, tensors: Any) -> None:
+        put(self, name, tensors)
+        if "/moments/" in name:
+            moments.append(dict(tensors))
+        if name == "shot-1/scores" or (name.startswith("shot-2/moments/") and len(moments) == 9):
+            raise Stopped
+
+    for resume in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(Progress, "put", interrupted)
+            with pytest.raises(Stopped):
+                surgeon(copy_of(dense), **asked, progress=progress, resume=resume)
+    assert len(moments) == 9
+    assert all({"second_inputs", "second_gradients"} <= found.keys() for found in moments)
+    result = surgeon(again, **asked, progress=progress, resume=True)
+    assert result.plan == expected.plan
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@CLIPPED
+def test_an_update_is_the_optimum_under_both_terms(tmp_path: Path) -> None:
+    """The slope of the loss is zero along every column that stays, by the moments that were collected."""
+    dense = FAMILIES["gpt2"]()
+    graph, found = resect.trace(dense), dict[str, Moments]()
+    plan, model = some_plan(graph), copy_of(dense)
+    losing = removed_columns(dense, graph, plan)
+    collect_curvature(dense, [TOKENS], graph, [path for path, _ in losing], found.__setitem__, terms=2)
+    progress = Progress(tmp_path, "nothing")
+    for path, moments in found.items():
+        progress.put(f"shot-1/moments/{path}", moments.tensors())
+    LLMSurgeon(shots=1, terms=2, damping_gradients=0.05).make_up(model, graph, plan, Data([TOKENS]), progress)
+    for path, gone in losing:
+        curvature = found[path].curvature(damping_gradients=0.05)
+        assert curvature.joint is not None
+        layers = [layer_of(network, path) for network in (model, dense)]
+        after, before = (layer.matrix() for layer in layers if layer)
+        slope = curvature.times(after - before)
+        stays = torch.ones(slope.shape[1], dtype=torch.bool)
+        stays[gone] = False
+        assert (after[:, gone] == 0).all()
+        assert slope[:, stays].abs().max() < 1e-4 * slope[:, gone].abs().max()
+
+
+@pytest.mark.parametrize("fisher", ["activations", "identity"])
+def test_a_second_term_needs_gradients(fisher: str) -> None:
+    with pytest.raises(UsageError, match=f"fisher = '{fisher}' has none. Use terms = 1"):
+        surgeon(FAMILIES["llama"](), settings={"terms": 2, "fisher": fisher})

@@ -231,3 +231,20 @@ def test_rows_and_columns_go_beside_the_vocabulary(tmp_path: Path) -> None:
 def test_multiply_accumulates_are_refused() -> None:
     with pytest.raises(UsageError, match="of=macs"):
         surgeon(FAMILIES["llama"](), "unstructured", of="macs")
+
+
+@pytest.mark.parametrize("mode", ["rows-columns", "2:4"])
+@pytest.mark.filterwarnings("ignore::resect.errors.SecondTermClipped")
+def test_a_second_term_serves_single_matrices(mode: str) -> None:
+    """It changes what is done, and for the better than zeros in the same places."""
+    dense = FAMILIES["llama_biases"]()
+    one, two = copy_of(dense), copy_of(dense)
+    for terms, model in ((1, one), (2, two)):
+        surgeon(model, mode, shots=1, gather=False, terms=terms, data=TOKENS[:6])
+    zeroed = copy_of(dense)
+    layers = matrices(two, resect.trace(two))
+    with torch.no_grad():
+        for layer in layers:
+            zeroed.get_parameter(f"{layer.path}.weight")[layer.weight == 0] = 0
+    assert error_of(two, dense) < error_of(zeroed, dense)
+    assert any(not torch.equal(layer.weight, one.get_parameter(f"{layer.path}.weight")) for layer in layers)

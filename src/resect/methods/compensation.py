@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resect.graph import Graph
 from resect.plan import Plan
 from resect.statistics import Chain, Data, Moments, Prefix, collect_curvature, prepared
-from resect.surgery import Loss, masked, reading, without_columns, without_columns_after
+from resect.surgery import Loss, masked, reading, without_columns, without_columns_after, without_columns_under
 
 Known = Callable[[str], Moments | None]
 
@@ -31,25 +31,38 @@ class Compensation(BaseModel):
 
 
 def compensate(
-    model: nn.Module, graph: Graph, plan: Plan, data: Data, asked: Compensation, *, known: Known = lambda path: None
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    data: Data,
+    asked: Compensation,
+    *,
+    known: Known = lambda path: None,
+    damping_gradients: float | None = None,
 ) -> None:
     """Updates, in place, the layers that read units which the plan removes; their columns of these are zero afterwards.
 
-    `known(path)` gives moments of a layer that were collected before; those of others are collected. Where the blocks of the
-    network do not talk through their hidden states alone, and for units that run through all of them, inputs are those before
-    the cut.
+    `known(path)` gives moments of a layer that were collected before; those of others are collected. Gradients count only where
+    moments have a second term, and are damped by `damping_gradients`. Where the blocks of the network do not talk through their
+    hidden states alone, and for units that run through all of them, inputs are those before the cut.
     """
     with prepared(model):
         chain = Chain.to_predict(model, graph, data.batches[0], data.objective) if asked.inputs == "pruned" else None
         at_once = plan.of_layer(None) if chain else plan
         if losses := reading(model, graph, at_once):
-            _at_once(model, graph, losses, data, asked, known)
+            _at_once(model, graph, losses, data, asked, known, damping_gradients)
         if chain:
             _after_prefix(model, chain, graph, plan, data, asked.damping)
 
 
 def _at_once(
-    model: nn.Module, graph: Graph, losses: Sequence[Loss], data: Data, asked: Compensation, known: Known
+    model: nn.Module,
+    graph: Graph,
+    losses: Sequence[Loss],
+    data: Data,
+    asked: Compensation,
+    known: Known,
+    damping_gradients: float | None,
 ) -> None:
     """With the inputs that the layers have now."""
     by_path = {loss.layer.path: loss for loss in losses}
@@ -57,7 +70,8 @@ def _at_once(
 
     def update(path: str, moments: Moments) -> None:
         layer, columns = by_path[path].layer, by_path[path].columns
-        found = without_columns(layer.matrix(), moments.curvature(path, damping=asked.damping).A, columns)
+        curvature = moments.curvature(path, damping=asked.damping, damping_gradients=damping_gradients)
+        found = without_columns_under(layer.matrix(), curvature, columns)
         updated[path] = found.to(layer.weight.dtype)
 
     for path in by_path:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
-from resect.statistics import Data, Layer, Moments, collect_curvature, readers
+from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
 from resect.surgery import MAX_CORRELATE, check_gatherable, masked, reading
 
 
@@ -37,6 +37,7 @@ class LLMSurgeon(Method):
     shots: int = Field(default=5, ge=1)
     fisher: Literal["empirical", "sampled", "activations", "identity"] = "empirical"
     draws: int = Field(default=1, ge=1)
+    terms: Literal[1, 2] = 1
     damping: float = Field(default=0.01, ge=0)
     damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
@@ -46,6 +47,12 @@ class LLMSurgeon(Method):
     selection: Literal["global", "local"] = "global"
     floor: Units | dict[Literal["heads", "channels"], Units] = 1
     spread: float | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_gradients(self) -> LLMSurgeon:
+        if self.terms == 2 and self.fisher in WITHOUT_GRADIENTS:
+            raise ValueError(f"terms = 2 fits a second term to gradients, and fisher = {self.fisher!r} has none. Use terms = 1.")
+        return self
 
     @property
     def removes(self) -> tuple[str, ...]:
@@ -219,7 +226,7 @@ class LLMSurgeon(Method):
             if self.compensation:
                 dense = self.compensation.inputs == "dense"
                 known = (lambda path: _moments(progress, shot, path)) if dense else lambda path: None
-                compensate(model, graph, plan, data, self.compensation, known=known)
+                compensate(model, graph, plan, data, self.compensation, known=known, damping_gradients=self.damped[1])
             if self.correction:
                 keep = {layer.path: Stays.whole(layer).elements for layer in layers}
                 for loss in losing:
@@ -252,16 +259,18 @@ class LLMSurgeon(Method):
         found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
         with masked(model, plan, graph):
             self._collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
-        scores = {}
+        scores, shares = {}, {}
         for group in tqdm(groups, desc=f"ladders, shot {shot}", leave=False, delay=2):
             layers = []
             for layer, columns in readers(model, graph, group):
                 moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
                 curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
                 layers.append(Reader(layer.matrix(), curvature, columns))
+                shares[layer.path] = curvature.kept
             gone = sorted(set(range(group.units)) - set(plan.groups[group.name].keep))
             scores[group.name] = ladder(layers, gone=gone).scores(group.units)
             scores[group.name][gone] = 0
+        tell_clipped(shares)
         progress.put(f"shot-{shot}/scores", scores)
         if self.compensation is None or self.compensation.inputs == "pruned":
             progress.drop(f"shot-{shot}/moments")
@@ -289,6 +298,7 @@ class LLMSurgeon(Method):
             sink,
             fisher=self.fisher,
             draws=self.draws,
+            terms=self.terms,
             seed=seed + shot,
             objective=data.objective,
             spill=progress.folder(f"shot-{shot}/entering"),

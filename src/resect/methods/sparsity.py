@@ -19,7 +19,7 @@ from resect.graph import Graph
 from resect.plan import Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
 from resect.saliency import column_losses, element_losses, pattern_losses, row_losses
-from resect.statistics import Curvature, Data, Layer, Moments, layer_of
+from resect.statistics import Curvature, Data, Layer, Moments, layer_of, tell_clipped
 from resect.surgery import without_elements, without_rows_and_columns
 
 Collect = Callable[[Sequence[Layer], int], None]
@@ -145,7 +145,7 @@ def _lines(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:
     """Rows and columns of all matrices by one threshold."""
-    losses = {}
+    losses, shares = {}, {}
     for layer in tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2):
         rows, columns = stays[layer.path].lines(layer)
         weight, curvature = _part(layer, rows, columns, asked, shot, progress)
@@ -153,6 +153,8 @@ def _lines(
         found[0][rows] = row_losses(weight, curvature, update=asked.update)
         found[1][columns] = column_losses(weight, curvature, update=asked.update)
         losses[layer.path] = (found[0], found[1][: layer.inner_columns])
+        shares[layer.path] = curvature.kept
+    tell_clipped(shares)
     chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
     for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
         rows, columns = stays[layer.path].lines(layer)
@@ -176,6 +178,7 @@ def _elements(
 ) -> None:
     """Elements, or groups of neighbours, of all matrices by one threshold."""
     names = [f"shot-{shot}/losses/{layer.path}" for layer in layers]
+    shares = {}
     for layer, name in zip(tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2), names, strict=True):
         weight, curvature = _part(layer, *Stays.whole(layer).lines(layer), asked, shot, progress)
         elements = stays[layer.path].elements
@@ -185,6 +188,8 @@ def _elements(
             summed, goes = pattern_losses(losses, *asked.neighbours)
             found = {"groups": summed.float(), "goes": goes}
         progress.put(name, found)
+        shares[layer.path] = curvature.kept
+    tell_clipped(shares)
     key = "groups" if asked.neighbours else "elements"
 
     def stored() -> Iterator[Tensor]:

@@ -2,49 +2,83 @@
 
 `W` [rows, columns] is a layer's matrix, `F = G ⊗ A` its curvature. *OBS* (optimal brain surgeon) lets what stays make up for what
 goes, *OBD* (optimal brain damage) does not. Source: LLM Surgeon (arXiv 2312.17244), section 3.2; Optimal Brain Surgeon
-(Hassibi, Stork 1993).
+(Hassibi, Stork 1993). Of two terms, `F = G₁ ⊗ A₁ + G₂ ⊗ A₂`, OBD sums both; OBS works in the basis where both are diagonal, with
+`F⁻¹ = (Q_G ⊗ Q_A) diag(d) (Q_G ⊗ Q_A)ᵀ` (`resect.statistics.joint`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resect.errors import UsageError
-from resect.statistics import Curvature
+from resect.statistics import Curvature, Joint
 
 Matrix = Float[Tensor, "rows columns"]
+CHUNK = 1 << 24
+"""Numbers that block losses of two terms hold at a time."""
 
 
 def element_losses(weight: Matrix, curvature: Curvature, *, update: bool = True) -> Matrix:
     """Of each element: `w² / (2 [G⁻¹]_rr [A⁻¹]_cc)`, or `w² G_rr A_cc / 2` without update."""
-    rows, columns = _row_prices(curvature, update), _column_prices(curvature, update)
-    return 0.5 * weight.square() * rows[:, None] * columns
+    if update and curvature.joint:
+        return 0.5 * weight.square() / curvature.joint.inverse_diagonal
+    if not update:
+        return _summed(0.5 * weight.square() * _outputs(G, weight)[:, None] * A.diagonal() for A, G in curvature.terms)
+    return 0.5 * weight.square() * _row_prices(curvature, len(weight))[:, None] * _column_prices(curvature)
 
 
 def row_losses(weight: Matrix, curvature: Curvature, *, update: bool = True) -> Float[Tensor, " rows"]:
-    """Of each row: `w_rᵀ A w_r / (2 [G⁻¹]_rr)`, or `G_rr w_rᵀ A w_r / 2` without update."""
-    return 0.5 * (weight @ curvature.A * weight).sum(1) * _row_prices(curvature, update, rows=len(weight))
+    """Of each row: `w_rᵀ A w_r / (2 [G⁻¹]_rr)`, or `G_rr w_rᵀ A w_r / 2` without update.
+
+    Of two terms: `Σ_j w̃_rj² / (2 Σ_i [Q_G]_ri² d_ij)` with `W̃ = W P_A`.
+    """
+    if update and (joint := curvature.joint):
+        return 0.5 * ((weight @ joint.A.P).square() / (joint.G.Q.square() @ joint.inverse)).sum(1)
+    if not update:
+        return _summed(0.5 * (weight @ A * weight).sum(1) * _outputs(G, weight) for A, G in curvature.terms)
+    return 0.5 * (weight @ curvature.A * weight).sum(1) * _row_prices(curvature, len(weight))
 
 
 def column_losses(weight: Matrix, curvature: Curvature, *, update: bool = True) -> Float[Tensor, " columns"]:
-    """Of each column: `w_cᵀ G w_c / (2 [A⁻¹]_cc)`, or `A_cc w_cᵀ G w_c / 2` without update."""
-    weighted = weight if curvature.G is None else curvature.G @ weight
-    return 0.5 * (weight * weighted).sum(0) * _column_prices(curvature, update)
+    """Of each column: `w_cᵀ G w_c / (2 [A⁻¹]_cc)`, or `A_cc w_cᵀ G w_c / 2` without update.
+
+    Of two terms: `Σ_i w̃_ic² / (2 Σ_j [Q_A]_cj² d_ij)` with `W̃ = P_Gᵀ W`.
+    """
+    if update and (joint := curvature.joint):
+        return 0.5 * ((joint.G.P.mT @ weight).square() / (joint.inverse @ joint.A.Q.square().mT)).sum(0)
+    if not update:
+        return _summed(0.5 * (weight * _weighed(weight, G)).sum(0) * A.diagonal() for A, G in curvature.terms)
+    return 0.5 * (weight * _weighed(weight, curvature.G)).sum(0) * _column_prices(curvature)
 
 
 def block_losses(
     weight: Matrix, curvature: Curvature, blocks: Int[Tensor, "units width"], *, update: bool = True
 ) -> Float[Tensor, " units"]:
-    """Of each block of columns `C`: `tr(([A⁻¹]_CC)⁻¹ W_Cᵀ G W_C) / 2`, or `tr(A_CC W_Cᵀ G W_C) / 2` without update."""
-    parts = weight.T[blocks]  # [units, width, rows]
-    gram = (parts if curvature.G is None else parts @ curvature.G) @ parts.mT
+    """Of each block of columns `C`: `tr(([A⁻¹]_CC)⁻¹ W_Cᵀ G W_C) / 2`, or `tr(A_CC W_Cᵀ G W_C) / 2` without update.
+
+    Of two terms: `Σ_i w̃_iCᵀ ([Q_A]_C diag(d_i) [Q_A]_Cᵀ)⁻¹ w̃_iC / 2` with `W̃ = P_Gᵀ W`.
+    """
+    if update and (joint := curvature.joint):
+        within = joint.G.P.mT @ weight
+        return 0.5 * torch.stack([_block_loss(joint, within[:, block], block) for block in blocks])
     square = blocks[:, :, None], blocks[:, None, :]
-    if update:
-        solved: Tensor = torch.linalg.solve(curvature.A_inverse[square], gram)
-        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
-    return 0.5 * (curvature.A[square] * gram).sum((1, 2))
+    parts = weight.T[blocks].mT  # [units, rows, width]
+    if not update:
+        return _summed(0.5 * (A[square] * (parts.mT @ _weighed(parts, G))).sum((1, 2)) for A, G in curvature.terms)
+    solved: Tensor = torch.linalg.solve(curvature.A_inverse[square], parts.mT @ _weighed(parts, curvature.G))
+    return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _block_loss(joint: Joint, weight: Tensor, block: Tensor) -> Tensor:
+    """Twice what one block costs, from its columns [rows, width] in the basis of the outputs, some rows at a time."""
+    Q = joint.A.Q[block]
+    chunks = zip(*(each.split(max(1, CHUNK // Q.numel())) for each in (weight, joint.inverse)), strict=True)
+    solved = [(part * torch.linalg.solve((Q * d[:, None]) @ Q.mT, part)).sum() for part, d in chunks]
+    return torch.stack(solved).sum()
 
 
 def pattern_losses(losses: Matrix, keep: int, of: int) -> tuple[Float[Tensor, "rows groups"], Bool[Tensor, "rows columns"]]:
@@ -63,12 +97,22 @@ def pattern_losses(losses: Matrix, keep: int, of: int) -> tuple[Float[Tensor, "r
     return (grouped * goes).sum(2), goes.reshape(rows, columns)
 
 
-def _row_prices(curvature: Curvature, update: bool, rows: int = 1) -> Float[Tensor, " rows"]:
-    if curvature.G is None:
-        return curvature.A.new_ones(rows)
-    assert curvature.G_inverse is not None
-    return 1 / curvature.G_inverse.diagonal() if update else curvature.G.diagonal()
+def _weighed(weight: Tensor, G: Tensor | None) -> Tensor:
+    """`G W`."""
+    return weight if G is None else G @ weight
 
 
-def _column_prices(curvature: Curvature, update: bool) -> Float[Tensor, " columns"]:
-    return 1 / curvature.A_inverse.diagonal() if update else curvature.A.diagonal()
+def _outputs(G: Tensor | None, weight: Tensor) -> Float[Tensor, " rows"]:
+    return weight.new_ones(len(weight)) if G is None else G.diagonal()
+
+
+def _summed(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
+
+
+def _row_prices(curvature: Curvature, rows: int) -> Float[Tensor, " rows"]:
+    return curvature.A.new_ones(rows) if curvature.G_inverse is None else 1 / curvature.G_inverse.diagonal()
+
+
+def _column_prices(curvature: Curvature) -> Float[Tensor, " columns"]:
+    return 1 / curvature.A_inverse.diagonal()

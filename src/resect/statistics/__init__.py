@@ -2,8 +2,9 @@
 
 from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
-from resect.statistics.curvature import FISHERS, Curvature, Moments, collect_curvature
+from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, Moments, collect_curvature, tell_clipped
 from resect.statistics.elements import CRITERIA, Criterion
+from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.prefix import Pairs, Prefix
@@ -12,11 +13,13 @@ __all__ = [
     "BATCH_TOKENS",
     "CRITERIA",
     "FISHERS",
+    "WITHOUT_GRADIENTS",
     "Chain",
     "Classes",
     "Criterion",
     "Curvature",
     "Data",
+    "Joint",
     "Layer",
     "Moments",
     "NextToken",
@@ -32,6 +35,7 @@ __all__ = [
     "position_values",
     "prepared",
     "readers",
+    "tell_clipped",
     "token_loss",
     "wide",
 ]

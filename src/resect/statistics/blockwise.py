@@ -23,13 +23,13 @@ from resect.graph import Graph
 from resect.statistics.objective import Objective, first_tokens, loss_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Around = Callable[[int], AbstractContextManager[Any]]
+Around = Callable[[int, int], AbstractContextManager[Any]]
 
 
 Enter = Callable[[int, "list[BlockCall]"], "list[Tensor] | None"]
 
 
-def _nothing(layer: int) -> AbstractContextManager[Any]:
+def _nothing(layer: int, number: int) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -47,12 +47,13 @@ class BlockCall:
         save_file({"hidden": self.hidden.detach().contiguous()}, file)
         self.hidden, self.file = torch.empty(0, device=self.hidden.device), file
 
-    def fetch(self) -> Tensor:
-        """The hidden states; their file is gone then."""
+    def fetch(self, *, keep: bool = False) -> Tensor:
+        """The hidden states; their file is gone then, unless it is to stay."""
         if self.file is None:
             return self.hidden
         hidden = load_file(self.file)["hidden"].to(self.hidden.device)
-        self.file.unlink()
+        if not keep:
+            self.file.unlink()
         return hidden
 
     def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -113,13 +114,15 @@ class Chain:
         *,
         around: Around = _nothing,
         begin: Callable[[int], None] = lambda number: None,
+        passes: Callable[[int], int] = lambda layer: 1,
         spill: Path | None = None,
     ) -> Iterator[float]:
         """Gives the loss of every batch, and between them calls `take(parameter, batch)` on every gradient of a batch.
 
         `done(parameter)` is called when a parameter has seen all batches; no two blocks hold gradients at a time. While all
-        batches run through a block again, the context `around(layer)` lasts, and `begin(batch)` is called before each. What
-        entered the blocks waits in files under `spill` meanwhile, if that is given.
+        batches run through a block again, the context `around(layer, pass)` lasts, and `begin(batch)` is called before each. They
+        do so `passes(layer)` times; gradients of parameters are those of the last. What entered the blocks waits in files under
+        `spill` meanwhile, if that is given.
         """
         outside = [name for name in wanted if not name.startswith(f"{self.path}.")]
         for name in outside:
@@ -138,10 +141,16 @@ class Chain:
                         call.store(spill / f"entering-{layer}-{number}.safetensors")
                 flowing.append(last.grad)
             for layer in tqdm(reversed(range(len(self.blocks))), total=len(self.blocks), desc="blocks", leave=False, delay=2):
+                early = passes(layer) - 1
+                for number_of_pass in range(early):
+                    with around(layer, number_of_pass):
+                        for number, calls in enumerate(saved):
+                            begin(number)
+                            self._through(calls[-1], self.blocks[layer], flowing[number], first=False, keep=True)
                 own = [name for name in wanted if name.startswith(f"{self.path}.{layer}.")]
                 for name in own:
                     self.model.get_parameter(name).requires_grad_()
-                with around(layer):
+                with around(layer, early):
                     for number, calls in enumerate(saved):
                         begin(number)
                         flowing[number] = self._through(calls.pop(), self.blocks[layer], flowing[number], first=layer == 0)
@@ -186,9 +195,9 @@ class Chain:
         for name in names:
             take(name, number)
 
-    def _through(self, call: BlockCall, block: nn.Module, gradient: Tensor, *, first: bool) -> Tensor:
+    def _through(self, call: BlockCall, block: nn.Module, gradient: Tensor, *, first: bool, keep: bool = False) -> Tensor:
         """The gradient of a block's input; of what comes before the blocks, a scalar to go on from."""
-        entering = call.fetch()
+        entering = call.fetch(keep=keep)
         hidden = entering.detach().requires_grad_()
         with torch.enable_grad():
             output = call.again(block, hidden)

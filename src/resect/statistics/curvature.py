@@ -4,15 +4,15 @@ For a layer `y = W x` the Fisher information of the loss, in nats per prediction
 [columns, columns] is the mean of `x xᵀ` over positions, `G` [rows, rows] the sum of `g gᵀ` over positions per prediction, where
 `g` is the gradient of the summed loss. Source: LLM Surgeon (arXiv 2312.17244), section 3.1. Paper: means over positions for both.
 Here: the same for language models, where every position predicts; a convolution sees several positions for one prediction, and
-what it loses adds up over them.
+what it loses adds up over them. A second term, `G₁ ⊗ A₁ + G₂ ⊗ A₂`, is fitted to what the first leaves (`residual`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
@@ -22,18 +22,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resect.errors import DampingRaised, DataError, NumericsError, UsageError, nearest
+from resect.errors import DampingRaised, DataError, NumericsError, SecondTermClipped, UsageError, nearest
 from resect.graph import Graph
+from resect.statistics import residual
 from resect.statistics.blockwise import BlockCall, Chain, prepared
+from resect.statistics.joint import LEAST, Joint, Side
 from resect.statistics.layers import Layer, layers_of
 from resect.statistics.objective import NextToken, Objective, loss_of
 
 FISHERS = ("empirical", "sampled", "activations", "identity")
 """Labels of the text, labels that the network draws, no gradients (`G` = 1), or no text at all (`G` = `A` = 1: magnitudes)."""
+WITHOUT_GRADIENTS = ("activations", "identity")
+"""Those of them to which no second term can be fitted."""
 DEAD = 1e-30
 """The diagonal of a factor of zeros: what goes there costs next to nothing, and can still be divided by."""
 RAISES = 4
 """How often damping is raised tenfold before a factor is given up."""
+SECOND = ("second_inputs", "second_gradients")
+"""The factors of a second term among the tensors of moments."""
 
 
 @dataclass
@@ -41,12 +47,14 @@ class Moments:
     """Sums of one layer over calibration data; `a + b` is what both data together give.
 
     `inputs` [columns, columns] sums `x xᵀ` over `positions`; `gradients` [rows, rows] sums `g gᵀ`, for so many `predictions`.
+    `second` holds the factors `A₂` and `G₂` of a second term, which are no sums and do not add.
     """
 
     inputs: Tensor
     gradients: Tensor | None = None
     positions: int = 0
     predictions: int = 0
+    second: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def zeros(cls, layer: Layer, *, gradients: bool) -> Moments:
@@ -59,6 +67,8 @@ class Moments:
         """Sums over both."""
         if (self.gradients is None) != (other.gradients is None) or self.inputs.shape != other.inputs.shape:
             raise UsageError("Moments of different layers, or with gradients and without, do not add.")
+        if self.second or other.second:
+            raise UsageError("Moments with a second term do not add: it is fitted to all data together. Collect from all of it.")
         gradients = None if self.gradients is None or other.gradients is None else self.gradients + other.gradients
         positions, predictions = self.positions + other.positions, self.predictions + other.predictions
         return Moments(self.inputs + other.inputs, gradients, positions, predictions)
@@ -66,37 +76,58 @@ class Moments:
     def part(self, rows: Tensor, columns: Tensor) -> Moments:
         """Those of a matrix of which only some rows and columns are left."""
         gradients = None if self.gradients is None else self.gradients[rows][:, rows]
-        return Moments(self.inputs[columns][:, columns], gradients, self.positions, self.predictions)
+        second = None if self.second is None else (self.second[0][columns][:, columns], self.second[1][rows][:, rows])
+        return Moments(self.inputs[columns][:, columns], gradients, self.positions, self.predictions, second)
 
     def tensors(self) -> dict[str, Tensor]:
         """As tensors by name, to be written to a file."""
         counts = {"positions": torch.tensor(self.positions), "predictions": torch.tensor(self.predictions)}
-        return {"inputs": self.inputs, **counts} | ({} if self.gradients is None else {"gradients": self.gradients})
+        second = {} if self.second is None else dict(zip(SECOND, self.second, strict=True))
+        return {"inputs": self.inputs, **counts, **second} | ({} if self.gradients is None else {"gradients": self.gradients})
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Moments:
         """From `tensors`."""
         counts = int(tensors["positions"]), int(tensors["predictions"])
-        return cls(tensors["inputs"], tensors.get("gradients"), *counts)
+        second = (tensors[SECOND[0]], tensors[SECOND[1]]) if SECOND[0] in tensors else None
+        return cls(tensors["inputs"], tensors.get("gradients"), *counts, second)
+
+    def means(self) -> tuple[Tensor, Tensor | None]:
+        """`A` and `G` in float64 on the CPU, not damped."""
+        G = None if self.gradients is None else self.gradients.cpu().double() / max(self.predictions, 1)
+        return self.inputs.cpu().double() / max(self.positions, 1), G
 
     def curvature(self, name: str = "the layer", *, damping: float = 0.01, damping_gradients: float | None = None) -> Curvature:
-        """`A` and `G` in float64 on the CPU, with `damping` times the mean of their diagonals added to these."""
-        A = self.inputs.cpu().double() / max(self.positions, 1)
-        G = None if self.gradients is None else self.gradients.cpu().double() / max(self.predictions, 1)
-        second = damping if damping_gradients is None else damping_gradients
+        """`A` and `G` in float64 on the CPU, with `damping` times the mean of their diagonals added to these.
+
+        A second term that would leave less than `LEAST` of the first in some direction is clipped there.
+        """
+        A, G = self.means()
+        also = damping if damping_gradients is None else damping_gradients
         precision = torch.finfo(self.inputs.dtype).eps
-        return Curvature(
+        A2, G2 = (factor.cpu().double() for factor in self.second) if self.second else (None, None)
+        found = Curvature(
             damped(A, damping, f"the inputs of {name}", precision),
-            None if G is None else damped(G, second, f"the gradients of {name}", precision),
+            None if G is None else damped(G, also, f"the gradients of {name}", precision),
+            A2,
+            G2,
         )
+        return found.positive()
 
 
 @dataclass
 class Curvature:
-    """`G ⊗ A` of one layer in float64, damped: `A` [columns, columns], `G` [rows, rows] (None stands for the identity)."""
+    """`G ⊗ A` of one layer in float64, damped: `A` [columns, columns], `G` [rows, rows] (None stands for the identity).
+
+    With a second term it is `G ⊗ A + G₂ ⊗ A₂`, positive definite; there is a `G` then. Where that took clipping, `kept` is the
+    share of the second term that is left.
+    """
 
     A: Tensor
     G: Tensor | None = None
+    A2: Tensor | None = None
+    G2: Tensor | None = None
+    kept: float = 1.0
 
     @cached_property
     def A_inverse(self) -> Tensor:
@@ -107,6 +138,52 @@ class Curvature:
     def G_inverse(self) -> Tensor | None:
         """`G⁻¹`."""
         return None if self.G is None else _inverse(self.G)
+
+    @cached_property
+    def joint(self) -> Joint | None:
+        """The basis in which both terms are diagonal, if there are two."""
+        if self.A2 is None or self.G is None or self.G2 is None:
+            return None
+        return Joint(Side.of(self.A, self.A2), Side.of(self.G, self.G2))
+
+    @property
+    def terms(self) -> list[tuple[Tensor, Tensor | None]]:
+        """`A` and `G` of the terms."""
+        return [(self.A, self.G)] + ([] if self.A2 is None else [(self.A2, self.G2)])
+
+    def times(self, weight: Tensor) -> Tensor:
+        """`F W`: the sum of `G W A` over the terms."""
+        return torch.stack([(weight if G is None else G @ weight) @ A for A, G in self.terms]).sum(0)
+
+    def part(self, rows: Tensor, columns: Tensor) -> Curvature:
+        """That of a matrix of which only some rows and columns are free to change."""
+        A, A2 = (None if factor is None else factor[columns][:, columns] for factor in (self.A, self.A2))
+        G, G2 = (None if factor is None else factor[rows][:, rows] for factor in (self.G, self.G2))
+        assert A is not None
+        return Curvature(A, G, A2, G2)
+
+    def positive(self) -> Curvature:
+        """Itself, with a second term that is clipped where it must be."""
+        clipped = self.joint and self.joint.positive()
+        if self.joint is None or clipped is None or clipped is self.joint:
+            return self
+        found = Curvature(self.A, self.G, clipped.A.second(), clipped.G.second(), clipped.kept(self.joint))
+        found.joint = clipped
+        return found
+
+
+def tell_clipped(kept: Mapping[str, float]) -> None:
+    """Warns where second terms were clipped, given the share of each that is left by the names of layers."""
+    clipped = {path: share for path, share in kept.items() if share < 1}
+    if clipped:
+        path, least = min(clipped.items(), key=lambda item: item[1])
+        warnings.warn(
+            SecondTermClipped(
+                f"In {len(clipped)} of {len(kept)} layers the second Kronecker term would leave less than {LEAST:g} of the first "
+                f"in some directions. It is clipped there, most in {path}, to {least:.0%} of its squares."
+            ),
+            stacklevel=3,
+        )
 
 
 def _inverse(factor: Tensor) -> Tensor:
@@ -162,6 +239,7 @@ def collect_curvature(
     fisher: str = "empirical",
     draws: int = 1,
     seed: int = 0,
+    terms: int = 1,
     objective: Objective | None = None,
     spill: Path | None = None,
 ) -> float | None:
@@ -169,14 +247,18 @@ def collect_curvature(
 
     Where blocks talk through their hidden states alone, one block's moments are held at a time (from the last to the first
     with gradients); what enters the blocks then waits in files under `spill`, if that is given. `fisher` says whose labels give
-    the gradients, `draws` how many the network draws for each prediction; without gradients there is no loss. The model is
-    left bit-identical.
+    the gradients, `draws` how many the network draws for each prediction; without gradients there is no loss. With two `terms`
+    all batches pass `residual.STEPS` times more through each block, with the same labels. The model is left bit-identical.
     Raises `UsageError`, and `NumericsError` for a loss that is not finite.
     """
     if fisher not in FISHERS:
         raise UsageError(f"There is no fisher {fisher!r}. {nearest(fisher, FISHERS)}")
     if draws < 1:
         raise UsageError(f"The network draws 1 label or more for each prediction, not {draws}.")
+    if terms not in (1, 2):
+        raise UsageError(f"Curvature has 1 Kronecker term or 2, not {terms}.")
+    if terms == 2 and fisher in WITHOUT_GRADIENTS:
+        raise UsageError(f"A second Kronecker term is fitted to gradients, and fisher={fisher} has none. Use terms=1.")
     if not batches:
         raise DataError("There is no calibration data. Give at least one batch.")
     layers = layers_of(model, paths)
@@ -187,7 +269,7 @@ def collect_curvature(
     if fisher == "sampled":
         batches = [batch for batch in batches for _ in range(draws)]
     generator = torch.Generator().manual_seed(seed) if fisher == "sampled" else None
-    collection = Collection(model, batches, objective or NextToken(), sink, generator, gradients=fisher != "activations")
+    collection = Collection(model, batches, objective or NextToken(), sink, generator, fisher != "activations", terms)
     with prepared(model):
         chain = Chain.to_predict(model, graph, batches[0], collection.objective)
         inside = [layer for layer in layers if chain and graph.blocks.layer_of(f"{layer.path}.weight") is not None]
@@ -201,8 +283,33 @@ def collect_curvature(
 
 
 @dataclass
+class Watched:
+    """A layer whose moments are filled, and the second term that is fitted to it, if one is."""
+
+    layer: Layer
+    moments: Moments
+    fit: residual.Fit | None = None
+    collected: bool = False
+
+    @classmethod
+    def of(cls, layer: Layer, *, gradients: bool, terms: int) -> Watched:
+        """Nothing yet."""
+        moments = Moments.zeros(layer, gradients=gradients)
+        return cls(layer, moments, residual.Fit(moments.inputs, layer.rows, layer.columns) if terms == 2 else None)
+
+    def passed(self, predictions: int, *, last: bool) -> None:
+        """All data went by, with so many predictions, perhaps for the last time."""
+        self.moments.predictions, self.collected = predictions, True
+        if self.fit:
+            A, G = self.moments.means()
+            assert G is not None
+            self.fit.step(A, G, predictions)
+            self.moments.second = self.fit.factors(A) if last else None
+
+
+@dataclass
 class Collection:
-    """A pass over calibration data that fills moments."""
+    """Passes over calibration data that fill moments."""
 
     model: nn.Module
     batches: Sequence[Any]
@@ -210,8 +317,15 @@ class Collection:
     sink: Sink
     generator: torch.Generator | None
     gradients: bool
+    terms: int = 1
     predictions: int = 0
     total: float = 0.0
+    watched: list[Watched] = field(default_factory=list)
+
+    @property
+    def passes(self) -> int:
+        """How often all data passes a layer."""
+        return 1 if self.terms == 1 else 1 + residual.STEPS
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The summed loss of a batch, counted."""
@@ -224,15 +338,23 @@ class Collection:
         return loss
 
     def whole(self, layers: Sequence[Layer]) -> float:
-        """All layers at once, in one pass over the network."""
-        self.predictions, self.total = 0, 0.0
-        with _flowing(self.model, self.gradients), self.watching(layers) as begin, torch.set_grad_enabled(self.gradients):
+        """All layers at once, in passes over the network."""
+        drawing = self.generator.get_state() if self.generator else None
+        for number in range(self.passes):
+            self.predictions, self.total = 0, 0.0
+            if self.generator and drawing is not None:
+                self.generator.set_state(drawing)
+            with _flowing(self.model, self.gradients), self.watching(layers, number) as begin:
+                self._once(begin)
+        return self.total / max(self.predictions, 1)
+
+    def _once(self, begin: Callable[[int], None]) -> None:
+        with torch.set_grad_enabled(self.gradients):
             for number, batch in enumerate(tqdm(self.batches, desc="curvature", unit="batch", leave=False, delay=2)):
                 begin(number)
                 loss = self.loss(self.model, batch)
                 if self.gradients:
                     loss.backward()
-        return self.total / max(self.predictions, 1)
 
     def blockwise(self, chain: Chain, graph: Graph, layers: Sequence[Layer], spill: Path | None) -> float:
         """One block at a time."""
@@ -242,8 +364,8 @@ class Collection:
         current: list[Callable[[int], None]] = []
 
         @contextmanager
-        def around(number: int) -> Iterator[None]:
-            with self.watching(own.get(number, [])) as begin:
+        def around(block: int, number: int) -> Iterator[None]:
+            with self.watching(own.get(block, []), number) as begin:
                 current[:] = [begin]
                 yield
 
@@ -256,22 +378,25 @@ class Collection:
             return outputs
 
         if self.gradients:
-            for _ in chain.run(self.batches, around=around, begin=lambda number: current[0](number), spill=spill):
+            passes = dict.fromkeys(own, self.passes)
+            how: dict[str, Any] = {"around": around, "begin": lambda number: current[0](number)}
+            for _ in chain.run(self.batches, **how, passes=lambda block: passes.get(block, 1), spill=spill):
                 pass
         else:
             chain.forward(self.batches, enter)
         return self.total / max(self.predictions, 1)
 
     @contextmanager
-    def watching(self, layers: Sequence[Layer]) -> Iterator[Callable[[int], None]]:
-        """Fills the moments of some layers while it lasts, and hands them on afterwards; gives what is told the batch number."""
-        moments = {layer.path: Moments.zeros(layer, gradients=self.gradients) for layer in layers}
+    def watching(self, layers: Sequence[Layer], number: int = 0) -> Iterator[Callable[[int], None]]:
+        """Fills the moments of some layers in a pass, and hands them on after the last; gives what is told the batch number."""
+        if number == 0:
+            self.watched = [Watched.of(layer, gradients=self.gradients, terms=self.terms) for layer in layers]
         counted: list[Tensor | None] = [None]
 
         def begin(number: int) -> None:
             counted[0] = self.objective.counted(self.batches[number])
 
-        handles = [layer.module.register_forward_hook(partial(_take, layer, moments[layer.path], counted)) for layer in layers]
+        handles = [one.layer.module.register_forward_hook(partial(_take, one, counted)) for one in self.watched]
         try:
             yield begin
         finally:
@@ -279,34 +404,49 @@ class Collection:
                 handle.remove()
         if self.gradients and not self.predictions:
             raise DataError("There is nothing to predict in the calibration data. Give sequences of two tokens or more.")
-        for path, found in moments.items():
-            found.predictions = self.predictions if self.gradients else 0
-            self.sink(path, found)
+        last = number + 1 == self.passes
+        for one in self.watched:
+            one.passed(self.predictions if self.gradients else 0, last=last)
+            if last:
+                self.sink(one.layer.path, one.moments)
+        if last:
+            self.watched = []
 
 
-def _take(
-    layer: Layer, moments: Moments, counted: Sequence[Tensor | None], module: nn.Module, given: Any, output: Tensor
-) -> None:
+def _take(watched: Watched, counted: Sequence[Tensor | None], module: nn.Module, given: Any, output: Tensor) -> None:
     """Adds one call of a layer to its moments, and the gradient of what it puts out when that is known."""
+    layer, moments = watched.layer, watched.moments
     inputs = layer.inputs(given[0])
-    real = counted[0]
+    real, chosen = counted[0], None
     if real is not None and not real.all():
         if real.numel() != len(inputs):
             raise UsageError(
                 f"{layer.path} sees {len(inputs)} positions of {real.numel()}: padding cannot be told apart there. "
                 "Use windows without padding."
             )
-        inputs = inputs[real.flatten().to(inputs.device)]
-    moments.inputs.addmm_(inputs.T, inputs)
-    moments.positions += len(inputs)
-    if moments.gradients is not None and output.requires_grad:
+        chosen = real.flatten().to(inputs.device)
+        inputs = inputs[chosen]
+    if not watched.collected:
+        moments.inputs.addmm_(inputs.T, inputs)
+        moments.positions += len(inputs)
+    if moments.gradients is None or not output.requires_grad:
+        return
+    if not watched.collected:
         output.register_hook(lambda gradient: _take_gradient(layer, moments, gradient))
+    if fit := watched.fit:
+        inputs = inputs.clone()  # others may write into what it took in
+        output.register_hook(lambda gradient: _take_pairs(layer, fit, inputs, chosen, gradient))
 
 
 def _take_gradient(layer: Layer, moments: Moments, gradient: Tensor) -> None:
     found = layer.outputs(gradient)
     assert moments.gradients is not None
     moments.gradients.addmm_(found.T, found)
+
+
+def _take_pairs(layer: Layer, fit: residual.Fit, inputs: Tensor, chosen: Tensor | None, gradient: Tensor) -> None:
+    found = layer.outputs(gradient)
+    fit.take(inputs, found if chosen is None else found[chosen])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from resect.surgery.compensate import (
     reading,
     without_columns,
     without_columns_after,
+    without_columns_under,
     without_elements,
     without_rows_and_columns,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "reading",
     "without_columns",
     "without_columns_after",
+    "without_columns_under",
     "without_elements",
     "without_rows_and_columns",
 ]

@@ -1,10 +1,11 @@
-"""Weight updates that let what stays make up for what goes, for a loss that is quadratic with curvature `G ⊗ A`.
+"""Weight updates that let what stays make up for what goes, for a loss that is quadratic with curvature `G ⊗ A`, or a sum of two.
 
 Source: LLM Surgeon (arXiv 2312.17244), sections 3.3 and 3.4. `W` is [rows, columns]; everything is float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from resect.graph import Graph
 from resect.plan import Plan
-from resect.statistics import Curvature, Layer, layer_of
+from resect.statistics import Curvature, Joint, Layer, layer_of
 from resect.surgery.positions import kept_positions, missing
 
 Matrix = Float[Tensor, "rows columns"]
@@ -77,18 +78,48 @@ def without_columns_after(
     return found
 
 
+def without_columns_under(weight: Matrix, curvature: Curvature, columns: Int[Tensor, " gone"]) -> Matrix:
+    """The same for any curvature: with two terms, outputs count, too."""
+    if curvature.joint is None:
+        return without_columns(weight, curvature.A, columns)
+    return without_rows_and_columns(weight, curvature, columns.new_empty(0), columns)
+
+
 def without_rows_and_columns(
     weight: Matrix, curvature: Curvature, rows: Int[Tensor, " rows_gone"], columns: Int[Tensor, " columns_gone"]
 ) -> Matrix:
-    """`W` with zeros in some rows and columns, the rest the joint optimum `Π_G W Π_A`.
+    """`W` with zeros in some rows and columns, the rest the joint optimum: `Π_G W Π_A`, for one term.
 
-    `Π_A = I − E_C ([A⁻¹]_CC)⁻¹ E_Cᵀ A⁻¹`, and `Π_G` likewise from the left.
+    `Π_A = I − E_C ([A⁻¹]_CC)⁻¹ E_Cᵀ A⁻¹`, and `Π_G` likewise from the left. With two it is no such product; but what stays are
+    rows `R` and columns `S`, so that `G_RR ⊗ A_SS + G₂_RR ⊗ A₂_SS` has a joint basis, too, in which
+    `G_RR X A_SS + G₂_RR X A₂_SS = (G W A + G₂ W A₂)_RS` is solved entry by entry.
     """
+    if curvature.joint:
+        return _without_lines(weight, curvature, rows, columns)
     found = without_columns(weight, curvature.A, columns)
     if curvature.G is None:
         found[rows] = 0
         return found
     return without_columns(found.mT, curvature.G, rows).mT
+
+
+def _without_lines(weight: Tensor, curvature: Curvature, rows: Tensor, columns: Tensor) -> Tensor:
+    R, S = (_staying(size, gone) for size, gone in zip(weight.shape, (rows, columns), strict=True))
+    found = torch.zeros_like(weight)
+    if not len(R) or not len(S):
+        return found
+    if len(R) == len(weight) and len(S) == weight.shape[1]:
+        return weight.clone()
+    joint = curvature.part(R, S).joint
+    assert joint is not None
+    found[R[:, None], S] = joint.solved(curvature.times(weight)[R][:, S])
+    return found
+
+
+def _staying(size: int, gone: Tensor) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero().flatten()
 
 
 def without_elements(
@@ -101,14 +132,16 @@ def without_elements(
 ) -> Matrix:
     """`W` with zeros in some elements, the rest updated jointly for at most `max_correlate` of them at a time.
 
-    For the elements `Q` of a chunk, `(G⁻¹[Q_r,Q_r] ∘ A⁻¹[Q_c,Q_c]) m = w_Q` and `ΔW = −G⁻¹ M A⁻¹`, where `M` holds `m` at `Q`;
-    later chunks see what earlier ones did. A chunk is a run of elements in the order of rows, because inputs are correlated
-    most. Earlier elements drift from zero meanwhile and are set to zero at the end; every further sweep brings the
-    whole closer to the joint optimum of all elements, which one chunk reaches at once.
+    For the elements `Q` of a chunk, `(G⁻¹[Q_r,Q_r] ∘ A⁻¹[Q_c,Q_c]) m = w_Q` and `ΔW = −G⁻¹ M A⁻¹`, where `M` holds `m` at `Q`
+    (with two terms, `F⁻¹[Q,Q] m = w_Q` and `ΔW = −F⁻¹ M`); later chunks see what earlier ones did. A chunk is a run of elements
+    in the order of rows, because inputs are correlated most. Earlier elements drift from zero meanwhile and are set to zero at
+    the end; every further sweep brings the whole closer to the joint optimum of all elements, which one chunk reaches at once.
     """
+    chunks = gone.nonzero().split(max_correlate)
+    if curvature.joint:
+        return _without_elements(weight, curvature.joint, chunks * sweeps).masked_fill(gone, 0)
     G_inverse, A_inverse = curvature.G_inverse, curvature.A_inverse
     found = weight.clone()
-    chunks = gone.nonzero().split(max_correlate)
     for chunk in chunks * sweeps:
         r, c = chunk.unbind(1)
         rows, at = r.unique_consecutive(return_inverse=True)
@@ -121,3 +154,29 @@ def without_elements(
         else:
             found -= G_inverse[:, rows] @ (M @ A_inverse)
     return found.masked_fill(gone, 0)
+
+
+def _without_elements(weight: Tensor, joint: Joint, chunks: Sequence[Tensor]) -> Tensor:
+    """The same with two terms, chunk by chunk in the basis of both: `P_Gᵀ W P_A` loses `d ∘ (Q_Gᵀ M Q_A)`."""
+    if not chunks[0].numel():
+        return weight.clone()
+    Q_G, Q_A, d = joint.G.Q, joint.A.Q, joint.inverse
+    within = joint.G.P.mT @ weight @ joint.A.P
+    for chunk in chunks:
+        rows, at = chunk[:, 0].unique_consecutive(return_inverse=True)
+        left, right = Q_G[rows], Q_A[chunk[:, 1]]
+        now = ((left @ within)[at] * right).sum(1)
+        m = torch.cholesky_solve(now[:, None], torch.linalg.cholesky(_between(left, right, d, at)))
+        parts = torch.zeros(len(rows), Q_A.shape[1], dtype=weight.dtype).index_add_(0, at, m * right)
+        within -= d * (left.mT @ parts)
+    return Q_G @ within @ Q_A.mT
+
+
+def _between(left: Tensor, right: Tensor, d: Tensor, at: Tensor) -> Tensor:
+    """`F⁻¹[Q,Q]` for elements in a few rows: `left` [rows, ·] and `right` [elements, ·] are their parts of `Q_G` and `Q_A`."""
+    found = right.new_empty(len(at), len(at))
+    for row in range(len(left)):
+        own = (at == row).nonzero().flatten()
+        weights = (left * left[row]) @ d  # [rows, columns]
+        found[own] = right[own] @ (weights[at] * right).mT
+    return found
