@@ -45,12 +45,12 @@ docs: venv $(VENV)/.docs ## the documentation as a site, in site/; a link that l
 	@echo "== documentation"
 	@time NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: venv ## every benchmark, into benchmarks/results/ (hours): WIKITEXT=FILE C4=FILE CALIBRATION=FILE
+bench: venv ## the benchmarks of cost, speed and quality, into benchmarks/results/ (hours): WIKITEXT=FILE C4=FILE CALIBRATION=FILE
 	@time $(BIN)/python benchmarks/cost.py
 	@time $(BIN)/python benchmarks/depth.py
 	@time $(BIN)/python benchmarks/gathered.py
 	@time $(BIN)/python benchmarks/speed.py
-	@for script in quality headline; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
+	@for script in quality headline surgeon transfer; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
 		--wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)"; done
 
 zoo: venv ## what is found in every causal language model type of transformers: docs/zoo.md (a quarter of an hour)

@@ -212,7 +212,8 @@ def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, st
     teacher = None
     if asked.teacher is not None:
         name = recipe.model if asked.teacher == DENSE else asked.teacher
-        teacher, _ = _load(recipe.model_copy(update={"model": name}), stages)
+        with stages("load teacher", f"load the teacher {name}"):
+            teacher = _load_model(recipe.model_copy(update={"model": name}), device_of(recipe.device))
     with stages("recover", f"train on {', '.join(asked.data)}"), quiet():
         return recover(
             result.model,
