@@ -168,6 +168,42 @@ def test_a_directory_is_whole_or_not_there(even: PreTrainedModel, tmp_path: Path
         resect.export(even, format="hf", output=tmp_path / "out")
 
 
+def test_a_torch_program(uneven: PreTrainedModel, tmp_path: Path) -> None:
+    """Of any length from two tokens on; read in a fresh process, and here."""
+    before = snapshot(uneven)
+    found = resect.export(uneven, format="pt2", output=tmp_path / "m.pt2")
+    assert_untouched(uneven, before)
+    assert found.verification is not None
+    assert found.verification.difference < 1e-4
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for length in (2, 19):
+        tokens = random_tokens(1, length)
+        with torch.no_grad():
+            torch.testing.assert_close(program(tokens), uneven(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_onnx_agrees(tmp_path: Path) -> None:
+    """onnxruntime in a fresh process continues with the cache that the graph hands over."""
+    pytest.importorskip("onnxruntime", reason="resect[onnx]")
+    small = pruned(model("Llama", num_hidden_layers=2), uniform=False)
+    found = resect.export(small, format="onnx", output=tmp_path / "m")
+    assert found.verification is not None
+    assert found.verification.difference < 1e-4
+    assert found.verification.agreement == 1.0
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_int8_weights(even: PreTrainedModel, tmp_path: Path) -> None:
+    """Quantised after pruning: a fresh process computes with the rounded weights, and the directory is smaller."""
+    pytest.importorskip("torchao", reason="resect[quant]")
+    plain = resect.export(even, format="hf", output=tmp_path / "plain", verify=False)
+    found = resect.export(even, format="hf", quantize="int8", output=tmp_path / "int8")
+    assert found.verification is not None
+    assert 0 < found.verification.cost < 5e-3
+    assert found.verification.divergence < 1e-9
+    assert found.bytes < 0.7 * plain.bytes  # tables stay as they are
+
+
 # ---- requests that cannot be met ----
 
 

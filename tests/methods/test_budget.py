@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import resect
 import resect.methods.budget
 from resect.checkpoint import Progress
 from resect.errors import OtherMachine, UsageError
-from resect.evaluation import LatencyTable
-from resect.methods.budget import PLAIN, TOLERANCE, Spending, settle, spending
-from resect.plan import Budget, Plan, select
+from resect.evaluation import LatencyTable, Spread
+from resect.methods.budget import MOST_REPEATS, PLAIN, TOLERANCE, Spending, settle, spending, timed_share
+from resect.plan import Budget, Plan, Workload, select
 from resect.report import machine
 from tests.evaluation.test_staircase import LAYERS, Machine, graph, scores, table
 from tests.models import FAMILIES, random_tokens, tiny
@@ -81,6 +82,24 @@ def test_the_nearest_plan_stays_where_none_is_near() -> None:
     plan, tried = settle(again(0.7), again, found.cost(graph()), measured, keep=0.7)
     assert abs(measured(plan)["measured"] - 0.7) == min(abs(one["measured"] - 0.7) for one in tried)
     assert len(tried) <= 3
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.01, 7), (0.03, 14), (0.5, 28)])
+def test_a_share_is_measured_until_it_is_known(noise: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rounds where they agree, more where they do not, and an end to it."""
+    draws, asked = torch.Generator().manual_seed(0), list[int]()
+
+    def latencies(models: Any, *, repeats: int, **_: Any) -> dict[str, Any]:
+        asked.append(repeats)
+        seconds = {"dense": [2.0] * repeats, "pruned": (1.4 + noise * torch.randn(repeats, generator=draws)).tolist()}
+        return {name: SimpleNamespace(prefill_seconds=Spread(tuple(values))) for name, values in seconds.items()}
+
+    monkeypatch.setattr(resect.methods.budget, "latencies", latencies)
+    model = FAMILIES["llama"]()
+    found = timed_share(model, resect.trace(model), Plan(groups={}), Workload("prefill", 1, 8))
+    assert found["measured"] == pytest.approx(0.7, abs=noise)
+    assert (found["high"] - found["low"] <= 2 * TOLERANCE * found["measured"]) == (rounds < MOST_REPEATS)
+    assert sum(asked) == rounds
 
 
 @pytest.fixture

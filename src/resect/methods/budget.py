@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ TOLERANCE = 0.02
 """How far the measured share may be from the one that was asked, relative to it, before the budget is corrected."""
 TURNS = 3
 """Plans that are measured at most."""
-REPEATS = 7
-"""Rounds of each measurement."""
+REPEATS, MOST_REPEATS = 7, 28
+"""Rounds of each measurement: so many at first, and again as long as the share is not known within `TOLERANCE`, to a limit."""
 PLAIN = {"params": "blocks", "model": "model", "macs": "macs"}
 Measure = Callable[[Plan], Mapping[str, float]]
 """Seconds of a plan as a share of the dense network's: `measured`, and what it lies between, `low` and `high`."""
@@ -145,15 +146,20 @@ def timed_share(model: nn.Module, graph: Graph, plan: Plan, workload: Workload) 
     other = cut(deepcopy(model), plan, graph)
     assert isinstance(other, PreTrainedModel)
     decode = 2 * DECODED if workload.phase == "decode" else 1
-    found = latencies(
-        {"dense": model, "pruned": other}, prompt=workload.length, decode=decode, repeats=REPEATS, batch=workload.batch
-    )
-    pairs = [one.decode_seconds if workload.phase == "decode" else one.prefill_seconds for one in found.values()]
-    ratio = paired_ratio(pairs[1].values, pairs[0].values)
-    assert ratio.low is not None
-    assert ratio.high is not None
-    seconds = {"seconds": pairs[1].median, "dense_seconds": pairs[0].median}
-    return {"measured": ratio.value, "low": ratio.low, "high": ratio.high, **seconds}
+    seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
+    while True:
+        found = latencies(
+            {"dense": model, "pruned": other}, prompt=workload.length, decode=decode, repeats=REPEATS, batch=workload.batch
+        )
+        for name, one in found.items():
+            seconds[name] += (one.decode_seconds if workload.phase == "decode" else one.prefill_seconds).values
+        ratio = paired_ratio(seconds["pruned"], seconds["dense"])
+        assert ratio.low is not None
+        assert ratio.high is not None
+        if ratio.high - ratio.low <= 2 * TOLERANCE * ratio.value or len(seconds["dense"]) >= MOST_REPEATS:
+            break
+    medians = {"seconds": median(seconds["pruned"]), "dense_seconds": median(seconds["dense"])}
+    return {"measured": ratio.value, "low": ratio.low, "high": ratio.high, **medians}
 
 
 def _table(
