@@ -4,8 +4,9 @@
     python benchmarks/exports.py --families llama     # some of it
     python benchmarks/exports.py --formats gguf
 
-The models are small, with weights drawn so that predictions are far from even; heads and channels are removed at random, as
-many in every layer (uniform) or as it comes (per-layer). `difference` is the largest difference of log-probabilities, in nats,
+The models are small, with weights drawn so that predictions are far from even; heads and channels are removed, as many in every
+layer (uniform) or other numbers in each (per-layer), or the middle block (depth), or a third of the residual channels (width).
+`difference` is the largest difference of log-probabilities, in nats,
 between the reader and torch with the weights as the artefact stores them, `divergence` the mean Kullback-Leibler divergence from
 the same, and `cost` from the weights as they were. `agreement` is the share of greedily continued tokens, written with the
 reader's cache where it has one, that torch would have chosen. A row without figures says why there is no such artefact.
@@ -85,32 +86,43 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-HEADS = ("heads", "channels")
 KINDS = {"gpt2, heads whole": ("channels",)}
-"""What is removed."""
+"""What is removed instead of heads and channels."""
+NARROW = (("gguf", "f32"), ("gguf", "q8_0"), ("hf", "none"), ("onnx", "none"))
+"""Where models that lost a block or residual channels are tried too."""
 
 
 def pruned(dense: PreTrainedModel, layout: str, kinds: tuple[str, ...]) -> PreTrainedModel:
-    """The model without some heads and channels: a third and 32 of them everywhere, or other numbers in each layer."""
+    """The model without what the layout says."""
     graph = resect.trace(dense)
     groups = {}
-    for group in graph.of_kind(*kinds):
-        gone = (group.units // 3, 32) if layout == "uniform" else (group.layer or 0, 40 * ((group.layer or 0) + 1))
-        keep = tuple(range(gone[group.kind == "channels"], group.units)) or (0,)
+    for group in graph.of_kind(*{"depth": ("blocks",), "width": ("residual",)}.get(layout, kinds)):
+        layer = group.layer or 0
+        gone = {
+            "uniform": {"heads": group.units // 3, "channels": 32},
+            "per-layer": {"heads": layer, "channels": 40 * (layer + 1)},
+            "depth": {"blocks": int(layer == 1)},
+            "width": {"residual": group.units // 3},
+        }[layout][group.kind]
+        keep = tuple(range(gone, group.units))
         groups[group.name] = Kept(kind=group.kind, layer=group.layer, units=group.units, keep=keep)
     resect.cut(dense, Plan(groups=groups), graph)
     return dense
 
 
 def rows(families: list[str], formats: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for everything that was tried; variants of a family are tried as GGUF only, where they matter."""
-    layouts = [(family, layout) for family in families for layout in ("uniform", "per-layer")]
-    models = {(family, layout): pruned(FAMILIES[family](), layout, KINDS.get(family, HEADS)) for family, layout in layouts}
+    """A row for everything that is tried; variants of a family are tried as GGUF only, where they matter."""
+    layouts = [(family, layout) for family in families for layout in ("uniform", "per-layer", "depth", "width")]
+    models = {
+        (family, layout): pruned(FAMILIES[family](), layout, KINDS.get(family, ("heads", "channels")))
+        for family, layout in layouts
+    }
     for form, quantize in [(one, kind) for one in formats for kind in FORMATS[one]]:
         if any(importlib.util.find_spec(NEEDED[one]) is None for one in (form, quantize) if one in NEEDED):
             continue
         for (family, layout), small in models.items():
-            if "," not in family or "gguf" in form:
+            wanted = layout in ("uniform", "per-layer") or (form, quantize) in NARROW and "," not in family
+            if wanted and ("," not in family or "gguf" in form):
                 yield {"format": form, "weights": quantize, "family": family, "layout": layout, **tried(small, form, quantize)}
 
 
