@@ -29,7 +29,10 @@ def _line(error: ErrorDetails, kind: type[BaseModel], at: str) -> str:
     place = ".".join(filter(None, [at, *map(str, trail)]))
     given, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
-        return f"There is no key {place!r}. {nearest(str(trail[-1]), _keys(kind, trail[:-1]))}"
+        name, here = str(trail[-1]), _section(kind, trail[:-1])
+        below = [".".join([*map(str, trail[:-1]), found]) for found in _below(here, name)]
+        hint = f"Did you mean {' or '.join(map(repr, below))}?" if below else nearest(name, list(here.model_fields))
+        return f"There is no key {place!r}. {hint}"
     if error["type"] == "missing":
         return f"{place} is missing. Give it a value."
     if error["type"] == "value_error":  # ours, and a sentence already
@@ -50,10 +53,21 @@ def _options(expected: str) -> list[str]:
     return [option.strip(" '") for option in expected.replace(" or ", ",").split(",")]
 
 
-def _keys(kind: type[BaseModel], trail: Sequence[Any]) -> list[str]:
-    """The keys that are valid at the end of a trail of keys."""
+def _section(kind: type[BaseModel], trail: Sequence[Any]) -> type[BaseModel]:
+    """The section at the end of a trail of keys."""
     for part in trail:
-        annotation = kind.model_fields[part].annotation
-        sections = [arg for arg in (annotation, *get_args(annotation)) if isinstance(arg, type)]
-        kind = next(arg for arg in sections if issubclass(arg, BaseModel))
-    return list(kind.model_fields)
+        kind = _sections(kind, part)[0]
+    return kind
+
+
+def _sections(kind: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    """The sections that may stand under a key."""
+    annotation = kind.model_fields[key].annotation
+    types = [arg for arg in (annotation, *get_args(annotation)) if isinstance(arg, type)]
+    return [arg for arg in types if issubclass(arg, BaseModel)]
+
+
+def _below(kind: type[BaseModel], name: str) -> list[str]:
+    """Where a key stands in the sections of a section, as dotted places."""
+    inner = [(key, one) for key in kind.model_fields for one in _sections(kind, key)]
+    return [f"{key}.{name}" for key, one in inner if name in one.model_fields]

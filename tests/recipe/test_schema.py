@@ -19,6 +19,7 @@ RECIPES = sorted(file for file in (Path(__file__).parents[2] / "recipes").glob("
     ("values", "said"),
     [
         ({"modle": "demo"}, ["no key 'modle'", "Did you mean 'model'?"]),
+        ({"model": "demo", "samples": 8}, ["no key 'samples'", "Did you mean 'calibration.samples'?"]),
         ({}, ["model is missing"]),
         ({"model": " "}, ["model is empty"]),
         ({"model": "demo", "method": "llm-prunner"}, ["method = 'llm-prunner'", "Did you mean 'llm-pruner'?"]),
