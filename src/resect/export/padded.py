@@ -57,7 +57,7 @@ def padded(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
         reasons.append(reason)
     else:
         raise UsageError(
-            f"Asked to fill layers up until they are alike; no stock configuration says the result: {reasons[0]}. "
+            f"Asked to fill layers up until they are alike; no stock configuration says the result: {reasons[0].rstrip('.')}. "
             "Use --format hf, or prune with --layout uniform."
         )
     found, difference = made[0]
