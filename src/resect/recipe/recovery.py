@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +24,7 @@ from resect.plan import Pattern
 from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import assigned, overlaid, read_values
-from resect.recipe.schema import Section, _several
+from resect.recipe.schema import RecoverySection, Section, _several
 from resect.recovery import Recovery
 from resect.report import RecoveryReport, peak_memory, recovery_html, recovery_markdown, recovery_report
 
@@ -114,34 +114,63 @@ def run_recovery(
 def _recovered(
     recipe: RecoveryRecipe, progress: Path, *, resume: bool, stages: Stages
 ) -> tuple[Recovered, Pattern | None]:
-    from resect.recovery import recover  # brings PEFT and the Trainer, which other commands need not wait for
-
     device = device_of(_own_device(recipe.device))
-    options: dict[str, Any] = {
-        "dtype": dtype_of(recipe.dtype), "device": device, "trust_remote_code": recipe.trust_remote_code
-    }
+
+    def loaded(name: str) -> PreTrainedModel:
+        return load(name, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=recipe.trust_remote_code)
+
     with stages("load", f"load {recipe.model}"):
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        model = load(recipe.model, **options)
+        model = loaded(recipe.model)
         pattern = _pattern(recipe.model)
-    teacher = None
-    if recipe.teacher is not None:
-        with stages("load teacher", f"load the teacher {recipe.teacher}"):
-            teacher = load(recipe.teacher, **options)
-    with stages("train", f"train on {', '.join(recipe.data)}"), quiet():
-        found = recover(
+    found = healed(
+        model,
+        tokenizer,
+        recipe,
+        teacher=recipe.teacher,
+        load=loaded,
+        pattern=pattern,
+        progress=progress,
+        resume=resume,
+        stages=stages,
+        seed=recipe.seed,
+    )
+    return found, pattern
+
+
+def healed(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: RecoveryRecipe | RecoverySection,
+    *,
+    teacher: str | None,
+    load: Callable[[str], PreTrainedModel],
+    pattern: Pattern | None,
+    progress: Path,
+    resume: bool,
+    stages: Stages,
+    seed: int,
+) -> Recovered:
+    """A pruned model trained on the data and with the settings that were asked for, beside the teacher of that name."""
+    from resect.recovery import recover  # brings PEFT and the Trainer, which other commands need not wait for
+
+    dense = None
+    if teacher is not None:
+        with stages("load teacher", f"load the teacher {teacher}"):
+            dense = load(teacher)
+    with stages("recover", f"train on {', '.join(asked.data)}"), quiet():
+        return recover(
             model,
             tokenizer,
-            data=recipe.data,
-            settings=recipe.settings,
-            teacher=teacher,
+            data=asked.data,
+            settings=asked.settings,
+            teacher=dense,
             keep_zeros=pattern.zeroed if pattern else (),
-            seed=recipe.seed,
+            seed=seed,
             progress=progress,
             resume=resume,
             say=stages.announce,
         )
-    return found, pattern
 
 
 def _own_device(device: str) -> str:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from resect.calibration import HeldOut
 from resect.checkpoint import check_directory, load, load_tokenizer, save, verify, whole_directory
 from resect.checkpoint.load import find
-from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
 from resect.graph import Graph
@@ -38,6 +37,7 @@ from resect.recipe.measure import (
     timed,
     weight_bytes,
 )
+from resect.recipe.recovery import healed
 from resect.recipe.schema import DENSE, Recipe
 from resect.recovery import Facts
 from resect.report import Curve, Knowledge, RunReport, peak_memory, run_html, run_markdown, run_report, saliency
@@ -204,29 +204,21 @@ def _knowledge(recipe: Recipe) -> dict[str, Any] | None:
 
 def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, stages: Stages) -> Facts:
     """Trains what is left, as the recipe says."""
-    from resect.recovery import recover  # brings PEFT and the Trainer, which other runs need not wait for
-
     asked = recipe.recovery
     assert asked is not None
     assert isinstance(result.model, PreTrainedModel)
-    teacher = None
-    if asked.teacher is not None:
-        name = recipe.model if asked.teacher == DENSE else asked.teacher
-        with stages("load teacher", f"load the teacher {name}"):
-            teacher = _load_model(recipe.model_copy(update={"model": name}), device_of(recipe.device))
-    with stages("recover", f"train on {', '.join(asked.data)}"), quiet():
-        return recover(
-            result.model,
-            result.tokenizer,
-            data=asked.data,
-            settings=asked.settings,
-            teacher=teacher,
-            keep_zeros=result.pattern.zeroed if result.pattern else (),
-            seed=recipe.seed,
-            progress=progress / "recovery",
-            resume=resume,
-            say=stages.announce,
-        ).facts
+    return healed(
+        result.model,
+        result.tokenizer,
+        asked,
+        teacher=recipe.model if asked.teacher == DENSE else asked.teacher,
+        load=lambda name: _load_model(recipe.model_copy(update={"model": name}), device_of(recipe.device)),
+        pattern=result.pattern,
+        progress=progress / "recovery",
+        resume=resume,
+        stages=stages,
+        seed=recipe.seed,
+    ).facts
 
 
 def _decided(result: Result) -> dict[str, str]:
