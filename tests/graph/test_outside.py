@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import resect
 from resect.errors import ModelError
+from resect.graph import Replay
 from resect.plan import Kept, Plan
 from tests.graph import outside
 from tests.graph.outside import CHANNELS, HEADS, WIDTH, WORDS
@@ -168,3 +169,37 @@ def test_a_part_that_would_be_read_from_the_wrong_place_is_refused() -> None:
     plan = Plan(groups={group.name: Kept(kind=group.kind, layer=group.layer, units=4, keep=(0, 2))})
     with pytest.raises(ModelError, match="starts at position 4, the coupling demands 2"):
         resect.cut(model, plan, graph)
+
+
+class Halves(nn.Module):
+    """A gate whose code knows how wide its two halves are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out, self.side = nn.Linear(8, 20), nn.Linear(10, 8), 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.both(x).unflatten(-1, (2, self.side)).unbind(-2)
+        out: Tensor = self.out(gate.sigmoid() * value)
+        return x + out
+
+
+@pytest.mark.parametrize("depth", [2, 9])
+def test_what_worked_for_one_module_is_used_for_its_likes(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many replays for nine modules as for two, though each keeps another number of units."""
+    replays, run = list[Replay](), Replay.run
+
+    def counted(replay: Replay) -> tuple[float, str, str]:
+        replays.append(replay)
+        return run(replay)
+
+    monkeypatch.setattr(Replay, "run", counted)
+    model, inputs = lively(nn.Sequential(*(Halves() for _ in range(depth))), seed=0), values(3, 8)()
+    graph = resect.trace(model, inputs)
+    names = [group.name for group in graph.groups if group.units == 10]
+    assert len(names) == depth
+    kept = {name: tuple(range(3 + place % 5)) for place, name in enumerate(names)}
+    plan = Plan(groups={name: Kept(kind="channels", layer=None, units=10, keep=keep) for name, keep in kept.items()})
+    resect.cut(model, plan, graph)
+    assert [vars(module)["side"] for module in model.children()] == [len(keep) for keep in kept.values()]
+    assert len(replays) <= 5

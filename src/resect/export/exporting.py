@@ -142,12 +142,13 @@ def _asked(
         return Asked(model, tokenizer, quantize)
     announce(f"load {model}")
     about = About.of(model)
+    loaded = load(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     if tokenizer is None:
         try:
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         except (CheckpointError, ModelError):
             tokenizer = None  # formats that need one say so
-    return Asked(load(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code), tokenizer, quantize, about)
+    return Asked(loaded, tokenizer, quantize, about)
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class Search:
             further, at = self.run(trial)
             reaches.append(further)
             if further > reached:
-                trial = self._needed(found, trial)
+                trial = self._likes(found, self._needed(found, trial))
                 yield [(*self.run(trial), trial)]
         if reaches and max(reaches) < reached:
             self.limit = TORN
@@ -165,7 +165,6 @@ class Search:
                 if better:
                     yield better
 
-
     def _demanded(self, found: Attributes, reached: float, path: list[str]) -> Iterator[Attributes]:
         """Trials of attributes that are sizes of what the operator put out in the dense run: given those it has to have now.
 
@@ -182,7 +181,6 @@ class Search:
             for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
                 yield {**found, where: {**known, **dict(chosen)}}
 
-
     def _needed(self, found: Attributes, trial: Attributes) -> Attributes:
         """A trial without what it gets as far without: another number may have the same size by chance."""
         for where, values in trial.items():
@@ -190,6 +188,18 @@ class Search:
                 fewer = {**trial, where: {key: value for key, value in trial[where].items() if key != name}}
                 if self.run(fewer)[0] >= self.run(trial)[0]:
                     trial = fewer
+        return trial
+
+    def _likes(self, found: Attributes, trial: Attributes) -> Attributes:
+        """A trial in which the likes of its module follow their own groups as well, where that gets as far."""
+        for where, values in trial.items():
+            for name in sorted(values.keys() - found.get(where, {}).keys()):
+                for role in _candidates(self.model, self.blocks, where, self.groups):
+                    if role.attribute == name:
+                        wider = _apply(self.census, self.blocks, role, self.groups, trial)
+                        if wider[where][name] == values[name] and self.run(wider)[0] >= self.run(trial)[0]:
+                            trial = wider
+                            break
         return trial
 
 
