@@ -102,8 +102,8 @@ def trained(table: Table, way: str, keep: float, seed: int) -> None:
         data = asked.sources if settings.pop("mixed", False) else asked.calibration
         if "mixture" in settings:
             settings["distillation"] = MEASURE_ONLY
-        if asked.rate and not settings.get("full"):
-            settings["learning_rate"] = asked.rate
+        rate = asked.full_rate if settings.get("full") else asked.rate
+        settings |= {"batch": asked.batch, **({"learning_rate": rate} if rate else {})}
         found = recover(
             model, table.tokenizer, data=data, settings=Recovery(length=256, **settings), teacher=teacher, seed=seed,
             progress=Path(asked.work) / f"{way}-{keep:g}-{seed}", resume=True, say=print,
@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(WAYS), help="names of settings, as in this file")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.5])
     parser.add_argument("--rate", type=float, help="learning rate of low-rank terms, instead of the default")
+    parser.add_argument("--full-rate", type=float, help="learning rate of all weights, instead of the default")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
     parser.add_argument("--limit", type=int, default=65536, help="tokens of each evaluation text")
     parser.add_argument("--tasks", nargs="*", default=["demo"])
     parser.add_argument("--task-limit", type=int, default=100, help="items of every task")
