@@ -195,7 +195,7 @@ def test_onnx_agrees(tmp_path: Path) -> None:
 
 def test_int8_weights(even: PreTrainedModel, tmp_path: Path) -> None:
     """Quantised after pruning: a fresh process computes with the rounded weights, and the directory is smaller."""
-    pytest.importorskip("torchao", reason="resect[quant]")
+    pytest.importorskip("torchao", reason="resect[quant], with which transformers takes ten seconds more to be imported")
     plain = resect.export(even, format="hf", output=tmp_path / "plain", verify=False)
     found = resect.export(even, format="hf", quantize="int8", output=tmp_path / "int8")
     assert found.verification is not None
