@@ -5,13 +5,17 @@
 
 A run of many shots is measured on its way, wherever a share of the table is reached. Rows are written as they come, and a run
 that was cut short goes on from its last shot (`--work`). What is measured is the masked network, which the cut one equals.
+Settings that begin with the same moments share them, and their seconds do not count those. Several processes divide the settings
+among them with `--only`, each with its own `--work` and `--output`; `python benchmarks/record.py surgeon PART PART` joins them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,9 @@ from resect.checkpoint import Progress
 from resect.evaluation import perplexity
 from resect.methods import Compensation, LLMPruner, LLMSurgeon, Method
 from resect.methods.compensation import compensate
+from resect.methods.sparsity import matrices as matrices_of
 from resect.plan import Plan, select
-from resect.statistics import Data, Moments
+from resect.statistics import Data, Moments, readers
 from resect.surgery import masked
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -76,6 +81,7 @@ class Table:
         self.about = {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}
         self.work = Path(asked.work)
         self.shares = tuple(asked.shares)
+        self.computed = "bfloat16" if asked.bf16 else "float32"
         stored = RESULTS / f"{asked.output}.json"
         self.rows: list[dict[str, Any]] = json.loads(stored.read_text())["rows"] if stored.exists() else []
         self.output = asked.output
@@ -87,7 +93,7 @@ class Table:
     def row(self, name: str, share: float, kept: float, **facts: Any) -> None:
         """Measures the model as it is now."""
         found = {key: perplexity(self.model, tokens, window=window).value for key, (tokens, window) in self.texts.items()}
-        self.rows.append({"settings": name, "share": share, "kept": kept, **found, **facts})
+        self.rows.append({"settings": name, "share": share, "kept": kept, **found, **facts, "computed in": self.computed})
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in self.rows[-1].items()}, flush=True)
         self.rows.sort(key=lambda row: (row["settings"] != "dense", -row["share"], row["settings"]))
         write(self.output, self.about, self.rows)
@@ -96,9 +102,26 @@ class Table:
         """Dense weights again."""
         self.model.load_state_dict(self.dense)
 
-    def progress(self, name: str) -> Progress:
-        """Where a setting notes its shots."""
-        return Progress(self.work / name.replace(":", " of "), [name, self.about["asked"]["calibration"]], resume=True)
+    def progress(self, name: str, method: LLMSurgeon | None = None) -> Progress:
+        """Where a setting notes its shots, the first with moments that others have begun with."""
+        place = self.work / name.replace(":", " of ")
+        known = self.moments(method) if method and method.fisher != "identity" and not place.exists() else None
+        found = Progress(place, [name, self.about["asked"]["calibration"]], resume=True)
+        if known:
+            shutil.copytree(known.directory / "shot-1", place / "shot-1", copy_function=os.link)
+        return found
+
+    def moments(self, method: LLMSurgeon) -> Progress:
+        """Moments of the dense network, collected once for all settings of a kind."""
+        kind = "units" if method.coupled else "matrices"
+        found = Progress(self.work / f"moments of {kind}, {method.fisher}", [self.about["asked"]["calibration"]], resume=True)
+        if method.coupled:
+            of_kind = [readers(self.model, self.graph, group) for group in self.graph.of_kind(*KINDS)]
+            layers = list({layer.path: layer for pairs in of_kind for layer, _ in pairs}.values())
+        else:
+            layers = matrices_of(self.model, self.graph)
+        method._collect(self.model, self.graph, layers, self.data, shot=1, seed=42, progress=found)
+        return found
 
     def kept(self, plan: Plan) -> float:
         """The share of block parameters that a plan keeps."""
@@ -107,7 +130,9 @@ class Table:
 
 def one_shot(table: Table, name: str, method: LLMSurgeon) -> None:
     """Scores once, a plan and an update for every share."""
-    progress, asked = table.progress(name), {"keep": min(table.shares), "of": "blocks", "layout": "per-layer", "align": 1}
+    if all(table.has(name, share) for share in table.shares):
+        return
+    progress, asked = table.progress(name, method), {"keep": min(table.shares), "of": "blocks", "layout": "per-layer", "align": 1}
     start = time.perf_counter()
     _, _, scores = next(method.shots_of(table.model, table.graph, table.data, asked, progress=progress))
     scored = time.perf_counter() - start
@@ -131,7 +156,9 @@ def one_shot(table: Table, name: str, method: LLMSurgeon) -> None:
 def many_shots(table: Table, name: str, method: LLMSurgeon) -> None:
     """One run down to the smallest share, measured on its way."""
     least = min(table.shares)
-    progress, asked = table.progress(name), {"keep": least, "of": "blocks", "layout": "per-layer", "align": 1}
+    if all(table.has(name, share) for share in table.shares if _reachable(share, method.shots, least)):
+        return
+    progress, asked = table.progress(name, method), {"keep": least, "of": "blocks", "layout": "per-layer", "align": 1}
     start = time.perf_counter()
     for shot, plan, _ in method.shots_of(table.model, table.graph, table.data, asked, progress=progress):
         method.make_up(table.model, table.graph, plan, table.data, progress, shot=shot)
@@ -144,11 +171,12 @@ def many_shots(table: Table, name: str, method: LLMSurgeon) -> None:
 def matrices(table: Table, name: str, method: LLMSurgeon) -> None:
     """Parts of single matrices, measured on the way down; one run for each share where there is one shot."""
     total = table.graph.parameter_count(blocks_only=True)
-    several = method.shots == 1 and ":" not in method.mode
-    shares = table.shares if several else [0.5]
-    start = time.perf_counter()
-    for last in shares:
-        progress = table.progress(f"{name} {last}" if method.shots == 1 else name)
+    several = method.shots == 1 and method.mode == "rows-columns"
+    for last in table.shares if several else [0.5]:
+        if method.shots == 1 and table.has(name, last):
+            continue
+        progress = table.progress(f"{name} {last}" if several else name, method)
+        start = time.perf_counter()
         for shot, pattern in method.patterns(table.model, table.graph, table.data, keep=last, progress=progress):
             zeros = sum(matrix.zeros for matrix in pattern.layers.values())
             for share in [last] if method.shots == 1 else _reached(table, shot, method.shots, last):
@@ -159,6 +187,8 @@ def matrices(table: Table, name: str, method: LLMSurgeon) -> None:
 
 def pruner(table: Table, name: str, method: Method) -> None:
     """Another method, with its scores, for every share."""
+    if all(table.has(name, share) for share in table.shares):
+        return
     start = time.perf_counter()
     tokens = torch.cat(list(table.data.batches))
     data = Data(tokens.reshape(-1, min(128, tokens.shape[1])).split(8))  # the same text in the windows it usually has
@@ -181,6 +211,11 @@ def _reached(table: Table, shot: int, shots: int, least: float) -> list[float]:
     return [share for share in table.shares if abs(1 - (1 - least) * shot / shots - share) < 1e-9]
 
 
+def _reachable(share: float, shots: int, least: float) -> bool:
+    """Whether a run down to the smallest share meets this one on its way."""
+    return any(abs(1 - (1 - least) * shot / shots - share) < 1e-9 for shot in range(1, shots + 1))
+
+
 def main() -> None:
     """Runs the table."""
     parser = options(__doc__)
@@ -188,21 +223,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of settings, as in this file")
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
     parser.add_argument("--limit", type=int, default=65536, help="tokens of each evaluation text")
+    parser.add_argument("--bf16", action="store_true", help="what torch.autocast deems safe is computed in bfloat16")
     parser.add_argument("--work", default="runs/surgeon-benchmark", help="where shots are noted")
     parser.add_argument("--output", default="surgeon")
-    table = Table(asked := parser.parse_args())
-    if not table.has("dense", 1.0):
-        table.row("dense", 1.0, 1.0, seconds=0.0)
-    for name in asked.only or [*SURGEONS, *PRUNERS]:
-        if name in PRUNERS:
-            pruner(table, name, PRUNERS[name])
-        else:
-            shots, settings = SURGEONS[name]
-            method = LLMSurgeon(shots=shots, **settings)
-            way = matrices if not method.coupled else one_shot if shots == 1 else many_shots
-            way(table, name, method)
-        table.fresh()
-        shutil.rmtree(table.work, ignore_errors=True)
+    asked = parser.parse_args()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if asked.bf16 else nullcontext():
+        table = Table(asked)
+        if not table.has("dense", 1.0):
+            table.row("dense", 1.0, 1.0, seconds=0.0)
+        for name in asked.only or [*SURGEONS, *PRUNERS]:
+            run(table, name)
+
+
+def run(table: Table, name: str) -> None:
+    """All rows of one setting."""
+    if name in PRUNERS:
+        pruner(table, name, PRUNERS[name])
+    else:
+        shots, settings = SURGEONS[name]
+        method = LLMSurgeon(shots=shots, **settings)
+        way = matrices if not method.coupled else one_shot if shots == 1 else many_shots
+        way(table, name, method)
+    table.fresh()
+    for done in table.work.glob(f"{name.replace(':', ' of ')}*"):
+        shutil.rmtree(done, ignore_errors=True)
 
 
 if __name__ == "__main__":
