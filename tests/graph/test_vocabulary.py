@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import resect
 from resect.graph import Graph
 from tests.models import FAMILIES, random_plan
-from tests.zoo.examine import TOLERANCE, difference, lively
+from tests.zoo.examine import TOLERANCE, differences, lively
 from tests.zoo.shrink import build
 
 ROWS, WIDTH = 23, 10
@@ -44,7 +44,7 @@ def test_tables_and_biases_are_cut_together(family: str) -> None:
     graph = resect.trace(model)
     plan = random_plan(graph, 1, uniform=False, kinds=["vocabulary"])
     assert plan.removed()
-    assert difference(model, graph, plan, 0) <= TOLERANCE
+    assert differences(model, graph, plan, 0)[0] <= TOLERANCE
 
 
 def test_tokens_that_the_configuration_names() -> None:

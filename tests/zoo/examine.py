@@ -41,7 +41,9 @@ class Row:
     frozen: dict[str, int] = field(default_factory=dict)
     """Parameters' axes that are kept whole, by reason."""
     differences: dict[str, float] = field(default_factory=dict)
-    """By kind, the largest difference between cut and masked logits."""
+    """By kind, the largest difference between cut and masked logits, as a share of their standard deviation."""
+    exact: dict[str, float | None] = field(default_factory=dict)
+    """The same in float64, or None where the network does not run in it; code that rounds on its way differs there, too."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Groups without their block's number that surgery refused, and why; the others of their kind were cut."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -72,19 +74,19 @@ def examine(model_type: str, *, seed: int = 0, row: Row | None = None) -> Row:
         return row
     for kind in dict.fromkeys(group.kind for group in graph.groups):
         try:
-            row.differences[kind] = _compare(row, model, graph, kind, seed)
+            row.differences[kind], row.exact[kind] = _compare(row, model, graph, kind, seed)
         except Exception as problem:
             row.refused[kind] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     return row
 
 
-def _compare(row: Row, model: nn.Module, graph: Graph, kind: str, seed: int) -> float:
-    """The difference for a random plan of a kind, without the groups that surgery refuses by name."""
+def _compare(row: Row, model: nn.Module, graph: Graph, kind: str, seed: int) -> tuple[float, float | None]:
+    """The differences for a random plan of a kind, without the groups that surgery refuses by name."""
     plans = (random_plan(graph, number, uniform=False, kinds=[kind]) for number in range(seed, seed + 50))
     plan = next(plan for plan in plans if plan.removed())
     while True:
         try:
-            return difference(model, graph, plan, seed)
+            return differences(model, graph, plan, seed)
         except ModelError as problem:
             refused = {graph.blocks.within(name) for name in problem.groups}
             left = {name: kept for name, kept in plan.groups.items() if graph.blocks.within(name) not in refused}
@@ -119,15 +121,25 @@ def lively(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def difference(model: nn.Module, graph: Graph, plan: Plan, seed: int) -> float:
-    """How far cut and masked logits are apart, as a share of their standard deviation."""
+def differences(model: nn.Module, graph: Graph, plan: Plan, seed: int) -> tuple[float, float | None]:
+    """How far cut and masked logits are apart, as a share of their standard deviation: in float32, and in float64."""
+    cut = resect.cut(copy.deepcopy(model), plan, graph)
+    found = difference(model, cut, graph, plan, seed)
+    try:
+        return found, difference(copy.deepcopy(model).double(), cut.double(), graph, plan, seed)
+    except RuntimeError:  # code that makes float32 of its own
+        return found, None
+
+
+def difference(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, seed: int) -> float:
+    """How far the logits of a cut network are from the masked one's, as a share of their standard deviation."""
     tokens = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(seed))
     keep = kept_tokens(graph, plan)
     new = tokens if keep is None else tokens % len(keep)
     tokens = tokens if keep is None else keep[new]
     with resect.masked(model, plan, graph):
         expected = logits(model, tokens) if keep is None else logits(model, tokens)[..., keep]
-    found = logits(resect.cut(copy.deepcopy(model), plan, graph), new)
+    found = logits(cut, new)
     spread = expected.double().std().clamp_min(1e-30)
     return float((found.double() - expected.double()).abs().max() / spread)
 
