@@ -46,6 +46,7 @@ SURGEONS: dict[str, tuple[int, dict[str, Any]]] = {
     "coupled-5, spread 1.5": (5, {"spread": 1.5}),
     **{f"rows-columns-{shots}": (shots, {"mode": "rows-columns"}) for shots in (1, 5, 20)},
     **{f"rows-columns-{shots}, no updates": (shots, {"mode": "rows-columns", "compensation": None}) for shots in (1, 5, 20)},
+    **{f"rows-columns-{shots}, priced alone": (shots, {"mode": "rows-columns", "ladders": False}) for shots in (1, 5, 20)},
     **{f"unstructured-{shots}": (shots, {"mode": "unstructured"}) for shots in (1, 5)},
     "unstructured-1, no updates": (1, {"mode": "unstructured", "compensation": None}),
     "unstructured-1, activations alone": (1, {"mode": "unstructured", "fisher": "activations"}),
@@ -172,10 +173,13 @@ def matrices(table: Table, name: str, method: LLMSurgeon) -> None:
     """Parts of single matrices, measured on the way down; one run for each share where there is one shot."""
     total = table.graph.parameter_count(blocks_only=True)
     several = method.shots == 1 and method.mode == "rows-columns"
+    lines: Path | None = None
     for last in table.shares if several else [0.5]:
         if method.shots == 1 and table.has(name, last):
             continue
         progress = table.progress(f"{name} {last}" if several else name, method)
+        if lines:  # what they cost does not depend on how many go
+            shutil.copytree(lines, progress.directory / "shot-1" / "lines", copy_function=os.link, dirs_exist_ok=True)
         start = time.perf_counter()
         for shot, pattern in method.patterns(table.model, table.graph, table.data, keep=last, progress=progress):
             zeros = sum(matrix.zeros for matrix in pattern.layers.values())
@@ -183,6 +187,7 @@ def matrices(table: Table, name: str, method: LLMSurgeon) -> None:
                 if not table.has(name, share):
                     table.row(name, share, 1 - zeros / total, seconds=time.perf_counter() - start)
         table.fresh()
+        lines = progress.directory / "shot-1" / "lines" if several else None
 
 
 def pruner(table: Table, name: str, method: Method) -> None:

@@ -240,7 +240,7 @@ def test_a_second_term_serves_single_matrices(mode: str) -> None:
     dense = FAMILIES["llama_biases"]()
     one, two = copy_of(dense), copy_of(dense)
     for terms, model in ((1, one), (2, two)):
-        surgeon(model, mode, shots=1, gather=False, terms=terms, data=TOKENS[:6])
+        surgeon(model, mode, shots=1, gather=False, terms=terms, data=TOKENS)
     zeroed = copy_of(dense)
     layers = matrices(two, resect.trace(two))
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import resect.saliency.ladders as ladder_module
-from resect.saliency.ladders import Ladder, Reader, ladder
+from resect.saliency.ladders import Ladder, Reader, ladder, line_ladders
 from resect.saliency.obs import block_losses
 from resect.statistics import Curvature
 from tests.saliency.kkt import factor, optimum, weights
@@ -156,3 +156,19 @@ def test_a_loss_that_falls_is_raised_to_the_one_before() -> None:
     scores = steps.scores(4)
     assert scores[2] < scores[0] < scores[3]  # the order is told by the scores alone
     assert torch.allclose(scores, torch.tensor([1.0, torch.inf, 1.0, 2.0], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("inner", [None, 4])
+@WITH_G
+def test_rows_and_columns_are_priced_after_those_of_their_side(with_G: bool, inner: int | None) -> None:
+    weight, G, A = weights(4, 5, seed=1), factor(4, 2) if with_G else None, factor(5, 3)
+    scores = line_ladders(weight, Curvature(A, G), inner=inner)
+    for side, axis in zip(scores, (0, 1), strict=True):
+        together = [0.0]
+        for count in range(1, len(side) + 1):
+            removed = torch.zeros(4, 5, dtype=torch.bool)
+            removed.transpose(0, axis)[side.argsort()[:count]] = True
+            together.append(optimum(weight, removed, G, A)[0])
+        expected = torch.tensor(together, dtype=torch.float64).diff().cummax(0).values
+        torch.testing.assert_close(side.sort().values, expected, rtol=1e-9, atol=0)
+    assert len(scores[1]) == (inner or 5)

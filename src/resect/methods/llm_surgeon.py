@@ -41,6 +41,7 @@ class LLMSurgeon(Method):
     damping: float = Field(default=0.01, ge=0)
     damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
+    ladders: bool = True
     gather: bool = True
     max_correlate: int = Field(default=MAX_CORRELATE, ge=1)
     correction: Correction | None = None
@@ -197,6 +198,7 @@ class LLMSurgeon(Method):
             damping=damping,
             damping_gradients=damping_gradients,
             update=self.compensation is not None,
+            ladders=self.ladders,
             max_correlate=self.max_correlate,
             floor=self.floor if isinstance(self.floor, int) else 1,
             correction=self.correction,

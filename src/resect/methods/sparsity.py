@@ -18,7 +18,7 @@ from resect.errors import UsageError
 from resect.graph import Graph
 from resect.plan import Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
-from resect.saliency import column_losses, element_losses, pattern_losses, row_losses
+from resect.saliency import column_losses, element_losses, line_ladders, pattern_losses, row_losses
 from resect.statistics import Curvature, Data, Layer, Moments, layer_of, tell_clipped
 from resect.surgery import without_elements, without_rows_and_columns
 
@@ -58,6 +58,8 @@ class Sparsity:
     damping: float
     damping_gradients: float
     update: bool
+    ladders: bool
+    """Whether a row or column is priced after those before it, and not by itself; without updates each is by itself."""
     max_correlate: int
     floor: int
     correction: Correction | None
@@ -148,12 +150,15 @@ def _lines(
     losses, shares = {}, {}
     for layer in tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2):
         rows, columns = stays[layer.path].lines(layer)
-        weight, curvature = _part(layer, rows, columns, asked, shot, progress)
-        found = torch.zeros(layer.rows, dtype=torch.float64), torch.zeros(layer.columns, dtype=torch.float64)
-        found[0][rows] = row_losses(weight, curvature, update=asked.update)
-        found[1][columns] = column_losses(weight, curvature, update=asked.update)
-        losses[layer.path] = (found[0], found[1][: layer.inner_columns])
-        shares[layer.path] = curvature.kept
+        name = f"shot-{shot}/lines/{layer.path}"
+        if not (found := progress.get(name)):
+            weight, curvature = _part(layer, rows, columns, asked, shot, progress)
+            inner = columns[columns < layer.inner_columns]
+            found = {"rows": torch.zeros(layer.rows, dtype=torch.float64), "kept": torch.tensor(curvature.kept)}
+            found["columns"] = torch.zeros(layer.inner_columns, dtype=torch.float64)
+            found["rows"][rows], found["columns"][inner] = _line_losses(weight, curvature, asked, len(inner))
+            progress.put(name, found)
+        losses[layer.path], shares[layer.path] = (found["rows"], found["columns"]), float(found["kept"])
     tell_clipped(shares)
     chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
     for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
@@ -171,6 +176,14 @@ def _lines(
             at = kept[0][:, None], kept[1]
             matrix[at] = layer.matrix()[at]
         layer.write(matrix)
+
+
+def _line_losses(weight: Tensor, curvature: Curvature, asked: Sparsity, inner: int) -> tuple[Tensor, Tensor]:
+    """What the rows and the first `inner` columns of a matrix cost."""
+    if asked.ladders and asked.update:
+        return line_ladders(weight, curvature, inner=inner)
+    rows, columns = (find(weight, curvature, update=asked.update) for find in (row_losses, column_losses))
+    return rows, columns[:inner]
 
 
 def _elements(

@@ -67,6 +67,20 @@ def ladder(readers: Sequence[Reader], *, least: int = 0, gone: Sequence[int] = (
     return Ladder(torch.tensor(order, dtype=torch.long), torch.tensor(losses, dtype=torch.float64))
 
 
+def line_ladders(
+    weight: Float[Tensor, "rows columns"], curvature: Curvature, *, inner: int | None = None
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " inner"]]:
+    """A loss for every row and for every one of the first `inner` columns (all): each after those of its side before it.
+
+    Rows are the columns of `Wᵀ`, for which `G` and `A` have changed places. The last of a side may go, too.
+    """
+    G = torch.eye(len(weight), dtype=weight.dtype) if curvature.G is None else curvature.G
+    turned = Curvature(G, curvature.A, curvature.G2, curvature.A2)
+    sides = (weight.mT, turned, len(weight)), (weight, curvature, weight.shape[1] if inner is None else inner)
+    rows, columns = (ladder([Reader(W, F, torch.arange(units)[:, None])]).scores(units) for W, F, units in sides)
+    return rows, columns
+
+
 def _parts(reader: Reader) -> list[Reader]:
     """A reader whose curvature has two terms as several with one, each of the rows of like `t`; another as it is."""
     curvature, joint = reader.curvature, reader.curvature.joint
