@@ -73,6 +73,8 @@ def test_tasks_that_are_not_there(folder: Path) -> None:
         tasks_named(["petz"])
     with pytest.raises(UsageError, match="no task 'qqqqqqqq'. Known: arc_challenge"):
         tasks_named(["qqqqqqqq"])
+    with pytest.raises(UsageError, match="no task 'sevn'. Did you mean 'seven'"):
+        tasks_named(["sevn"])
 
 
 def test_tasks_without_choices() -> None:
@@ -85,3 +87,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UsageError, match=r"The task boolq needs .* pip install 'resect\[eval\]'"):
         tasks_named(["seven"])
+    with pytest.raises(UsageError, match=r"Did you mean 'hellaswag' with 'helaswag'\? .*resect\[eval\]"):
+        tasks_named(["boolq", "helaswag"])
+    with pytest.raises(UsageError, match=r"not installed\. Say: pip"):
+        tasks_named(["lambada_openai"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -204,6 +206,13 @@ def test_int8_weights(even: PreTrainedModel, tmp_path: Path) -> None:
     assert found.bytes < 0.7 * plain.bytes  # tables stay as they are
 
 
+def test_int8_weights_beside_a_head_of_another_name(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="resect[quant], with which transformers takes ten seconds more to be imported")
+    found = resect.export(FAMILIES["gpt_neox"](), format="hf", quantize="int8", output=tmp_path / "int8")
+    assert found.verification is not None
+    assert 0 < found.verification.cost < 5e-2
+
+
 # ---- requests that cannot be met ----
 
 
@@ -222,7 +231,8 @@ def test_models_that_a_format_cannot_take(tokenizer: Any) -> None:
     refused(odd, r"residual width is 60.*--align 32", tokenizer, quantize="q8_0")
     refused(model("Llama", hidden_act="gelu"), "llama with silu, this model with gelu", tokenizer)
     refused(model("Llama"), "there is no tokenizer", None)
-    refused(model("Llama"), "Did you mean 'q8_0'", tokenizer, quantize="q8")
+    refused(model("Llama"), r"Did you mean 'q8_0'\?$", tokenizer, quantize="q8")
+    refused(model("Llama"), r"Known: none\. Other types: --format gguf", tokenizer, format="onnx", quantize="q8_0")
     refused(model("Llama"), "Did you mean 'gguf'", tokenizer, format="ggu")
     refused(model("Llama"), r"ends in \.gguf", tokenizer, output="folder")
 
@@ -240,6 +250,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tokenizer: 
     unread = resect.export(model("Llama"), format="gguf", output=tmp_path / "m.gguf", tokenizer=tokenizer, verify=False)
     assert unread.verification is None
     assert (tmp_path / "m.gguf").exists()
+
+
+def test_int8_needs_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's are of a type of its own, which torchao leaves as they are."""
+    monkeypatch.setattr("resect.export.hf.require", lambda *_: None)
+    with pytest.raises(UsageError, match="type Linear, and GPT2LMHeadModel has none but its head.*gguf --quantize q8_0"):
+        resect.export(FAMILIES["gpt2"](), format="hf", quantize="int8", output="never", verify=False)
 
 
 def test_context_stays_within_a_sliding_window(tokenizer: Any) -> None:
@@ -290,7 +307,7 @@ def test_sentencepiece_in_llama_cpp(tmp_path: Path) -> None:
 
 # ---- the model card, the hub, vLLM ----
 
-REPORT = {
+REPORT: dict[str, Any] = {
     "recipe": {"model": "some/model", "method": "llm-pruner", "keep": 0.8, "of": "blocks", "layout": "uniform", "settings": {}},
     "calibration": {"source": ["c4"], "samples": 4, "length": 8, "seed": 42},
     "models": [
@@ -311,6 +328,10 @@ def test_the_card_says_how_it_was_made(tmp_path: Path) -> None:
     assert "* Calibration: c4, 4 x 8 tokens, seed 42" in said
     assert "| perplexity, t, windows of 128 | 10.00 | 12.50 |" in said
     assert "base_model" not in card(saved, has_tokenizer=False)
+    recipe = {**REPORT["recipe"], "budget": "latency:0.7@decode"}
+    said = card(saved, has_tokenizer=False, about=About(recipe, REPORT))
+    assert "* Budget: `latency:0.7@decode`\n" in said
+    assert "80%" not in said  # the recipe has a share too, which nobody asked for
     assert About.of(tmp_path / "m").lines() == []
 
 
@@ -340,8 +361,18 @@ def test_pushing_to_a_hub(tmp_path: Path) -> None:
     hub.push(file, "me/small", card="# card", private=False, api=api)
     assert [options.get("path_in_repo") for _, options in api.calls] == [None, "m.gguf", "README.md"]
     api.create_repo = lambda name, **options: (_ for _ in ()).throw(OSError("no route"))  # type: ignore[method-assign]
-    with pytest.raises(UsageError, match="no route"):
+    with pytest.raises(UsageError, match="could not be reached: no route. What was written stays"):
         hub.push(file, "me/small", card="", api=api)
+
+
+def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, asking a port where nobody listens."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        api = HfApi(endpoint=f"http://127.0.0.1:{nobody.getsockname()[1]}", token="hf_none")
+        with pytest.raises(UsageError, match="'me/small'; the hub could not be reached"):
+            hub.push(tmp_path, "me/small", card="", api=api)
 
 
 def test_what_vllm_reads(even: PreTrainedModel, uneven: PreTrainedModel, tmp_path: Path) -> None:

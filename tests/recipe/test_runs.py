@@ -55,6 +55,10 @@ def test_a_run_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> None:
         "model.safetensors",
         "resect.json",
     }
+    readme = (tmp_path / "out" / "README.md").read_text()
+    first, after = (model.perplexities[0] for model in (report.dense, report.pruned))
+    assert "* Method: `llm-pruner`" in readme
+    assert f"| perplexity, {first.text}, windows of 16 | {first.value:.2f} | {after.value:.2f} |" in readme
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_function(stock, result.model, random_tokens())
     assert stock.num_parameters() == report.pruned.parameters < report.dense.parameters

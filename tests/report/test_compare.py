@@ -17,6 +17,7 @@ from resect.errors import DataError, UsageError
 from resect.recipe import compare
 from resect.report import EvaluationReport, Measured, RunReport, comparison, comparison_html, comparison_tables
 from resect.report.compare import front
+from resect.report.results import TaskFlips, TextAgreement
 from tests.report.made import full_run, recovered
 from tests.report.test_figures import accuracy, perplexity, timings
 from tests.report.test_pages import Page
@@ -115,6 +116,16 @@ def test_times_of_two_machines_are_marked_and_not_drawn() -> None:
     assert not comparison_html(alike).count("machine B")
 
 
+def test_the_page_says_how_close_models_stay_to_the_dense_one() -> None:
+    run = a_run(900, 25)
+    run.pruned.agreements = [TextAgreement(text="demo", window=128, kl=0.25, same_top=0.75, tokens=127)]
+    run.pruned.flips = [TaskFlips(task="piqa", changed=0.125, lost=0.1, gained=0.025)]
+    cells = Page(comparison_html(comparison({"a": run, "b": a_run(800, 30)}))).cells
+    for name, value in (("KL divergence demo @128, nats", "0.2500"), ("answers changed, piqa", "12.5")):
+        place = cells.index(name)
+        assert cells[place : place + 4] == [name, "-", value, "-"]
+
+
 def test_the_page_has_a_picture_for_every_front() -> None:
     found = comparison({"big": a_run(900, 25), "small": a_run(800, 30)})
     page = Page(comparison_html(found))
@@ -135,6 +146,9 @@ def test_runs_are_read_from_directories_and_files(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert (found["kind"], len(found["candidates"]), len(found["fronts"])) == ("comparison", 3, 2)
     assert "2 models side by side" in page.read_text()
+    assert "beside it has the same figures" not in page.read_text()  # there is no such file
+    CliRunner().invoke(app, ["compare", runs[0], "-o", str(page)])
+    assert "2 models side by side" in page.read_text()  # one of them the dense one
     (tmp_path / "r.json").write_text(recovered().to_json())
     (tmp_path / "x.json").write_text("{}")
     for run, error, said in (

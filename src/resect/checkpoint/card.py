@@ -53,7 +53,9 @@ class About:
             criterion = (recipe.get("settings") or {}).get("criterion")
             named = f", criterion `{criterion}`" if criterion else ""
             yield f"* Method: `{recipe['method']}`{named}, {recipe.get('layout')} layout"
-        if "keep" in recipe:
+        if recipe.get("budget"):
+            yield f"* Budget: `{recipe['budget']}`"
+        elif "keep" in recipe:
             yield f"* Budget: {recipe['keep']:.0%} of {recipe.get('of')} kept"
         if text:
             source = ", ".join(text.get("source") or []) or "text that the model wrote itself"

@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 
 from resect.errors import DataError, UsageError, nearest
 from resect.evaluation.mode import evaluating
+from resect.evaluation.offline import PREFIX
 from resect.evaluation.tasks import SEVEN, Answers, likeliest
 
 BATCH = 8
 """Requests that run together; padded to one length, sorted by it."""
+NAMES = ("seven", *SEVEN, "demo", *(PREFIX + name for name in SEVEN))
+"""What is asked for most, so that a misspelt name may mean it."""
 UNSEEDED = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
 """The harness leaves the random numbers of everybody else alone; few-shot examples have a seed of their own."""
 
@@ -63,15 +66,24 @@ def harness_tasks(names: Sequence[str]) -> list[HarnessTask]:
         from lm_eval.tasks import TaskManager
     except ImportError as problem:
         raise UsageError(
-            f"The task {names[0]} needs lm-evaluation-harness, which is not installed. Say: pip install 'resect[eval]' "
-            "(or ask for demo:TASK or a .jsonl file, which need nothing)."
+            f"The task {names[0]} needs lm-evaluation-harness, which is not installed. {_misspelt(names)}"
+            "Say: pip install 'resect[eval]' (or ask for demo:TASK or a .jsonl file, which need nothing)."
         ) from problem
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:
-            close = difflib.get_close_matches(name, [*SEVEN, *manager.all_subtasks], n=1)
+            close = difflib.get_close_matches(name, [*NAMES, *manager.all_subtasks], n=1)
             raise UsageError(f"There is no task {name!r}. {nearest(name, close or SEVEN)}")
     return [HarnessTask(name, SEVEN.get(name, "acc"), manager) for name in names]
+
+
+def _misspelt(names: Sequence[str]) -> str:
+    """A sentence about the first name that is nearly one of `NAMES`; the harness, which has thousands, cannot be asked."""
+    for name in names:
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        if close and name not in NAMES:
+            return f"Did you mean {close[0]!r} with {name!r}? "
+    return ""
 
 
 def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Any:

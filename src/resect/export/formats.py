@@ -70,9 +70,9 @@ def quantisation(form: Format, asked: str | None) -> str:
     if asked is None:
         return form.quantisations[0]
     if asked.lower() not in form.quantisations:
+        others = "" if form.name == "gguf" else " Other types: --format gguf has the most."
         raise UsageError(
-            f"Asked to write {form.name} with quantize={asked!r}. {nearest(asked.lower(), form.quantisations)} "
-            "Other types: --format gguf has the most."
+            f"Asked to write {form.name} with quantize={asked!r}. {nearest(asked.lower(), form.quantisations)}{others}"
         )
     return asked.lower()
 

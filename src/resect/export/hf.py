@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from resect.checkpoint import save
 from resect.checkpoint.silence import quiet
+from resect.errors import UsageError
 from resect.export.formats import Asked, Format, Limits, require
 from resect.export.vllm import obstacles
 
@@ -21,9 +22,21 @@ def same_sums(asked: Asked) -> Limits:
 
 
 def check(asked: Asked) -> None:
-    """Raises `UsageError` where torchao is needed and not there."""
-    if asked.quantize == "int8":
-        require({"torchao": "torchao"}, "quant", "Quantising to int8")
+    """Raises `UsageError` where torchao is needed and not there, or has no layer to round."""
+    if asked.quantize != "int8":
+        return
+    require({"torchao": "torchao"}, "quant", "Quantising to int8")
+    if not _rounded(asked.model):
+        raise UsageError(
+            f"Asked for int8 weights; torchao rounds layers of type Linear, and {type(asked.model).__name__} has none but its "
+            "head. Use --format gguf --quantize q8_0, or no --quantize."
+        )
+
+
+def _rounded(model: PreTrainedModel) -> set[str]:
+    """The layers whose weights torchao makes int8 of: linear ones, but not the head."""
+    head = model.get_output_embeddings()
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
 
 
 def write(asked: Asked, path: Path) -> dict[str, Any]:
@@ -42,7 +55,8 @@ def stored(asked: Asked) -> PreTrainedModel:
     from torchao.quantization import quantize_
 
     model = copy.deepcopy(asked.model)
-    quantize_(model, _int8(), filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+    chosen = _rounded(model)
+    quantize_(model, _int8(), filter_fn=lambda module, name: name in chosen)
     return model
 
 

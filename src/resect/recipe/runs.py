@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from resect.calibration import HeldOut
-from resect.checkpoint import check_directory, load, load_tokenizer, save, verify, whole_directory
+from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
+from resect.checkpoint.card import About, card
 from resect.checkpoint.load import find
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
@@ -115,14 +117,14 @@ def _run(
         if not resume:
             shutil.rmtree(progress, ignore_errors=True)
         return RunResult(directory, result.plan, report, model)
-    _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
+    saved = _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
     shutil.rmtree(progress, ignore_errors=True)
     with noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
         _measure_pruned(recipe, model, result.tokenizer, report=report, dense=dense, texts=texts, tasks=tasks, stages=stages)
         report.status = "complete"
-        _replace(directory, _texts(recipe, report, stages))
+        _replace(directory, _texts(recipe, report, stages) | _readme(saved, result, report))
     return RunResult(directory, result.plan, report, model)
 
 
@@ -229,7 +231,7 @@ def _decided(result: Result) -> dict[str, str]:
 
 def _save(
     recipe: Recipe, result: Result, report: RunReport, *, directory: Path, overwrite: bool, stages: Stages
-) -> None:
+) -> Saved:
     """Writes the whole run directory, which gets its name only when a fresh process gave the model's logits."""
     assert isinstance(result.model, PreTrainedModel)
     with placed(directory, overwrite) as partial:
@@ -242,7 +244,8 @@ def _save(
         if not find(recipe.model).gguf:  # quantised, and no measure of what was removed
             report.dense.file_bytes = weight_bytes(recipe.model)
         report.status = "saved"
-        fill(partial, _texts(recipe, report, stages))
+        fill(partial, _texts(recipe, report, stages) | _readme(saved, result, report))
+    return saved
 
 
 def _measure_pruned(
@@ -286,6 +289,12 @@ def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
     report.peak_memory_bytes = peak_memory()
     pages = {"report.json": report.to_json(), "report.md": run_markdown(report), "report.html": run_html(report)}
     return {"recipe.yaml": HEADER + recipe.to_yaml(), **pages}
+
+
+def _readme(saved: Saved, result: Result, report: RunReport) -> dict[str, str]:
+    """The model card, with all that the report says by now."""
+    about = About(report.recipe, json.loads(report.to_json()))
+    return {"README.md": card(saved, has_tokenizer=result.tokenizer is not None, about=about)}
 
 
 def _write_plan(directory: Path, files: Mapping[str, str], *, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from resect.errors import UsageError
 from resect.report.charts import MARKS, colour
-from resect.report.figures import brief, figures, mean_of, metric, percent, whole
+from resect.report.figures import agreement_figures, brief, figures, mean_of, metric, percent, whole
 from resect.report.parts import Chart, Section, Table
 from resect.report.results import SCHEMA, EvaluationReport, Measured, Record, RunReport, TextPerplexity
 from resect.report.tables import comparison_table
@@ -249,7 +249,8 @@ def comparison_sections(found: Comparison) -> list[Section]:
     """The parts of a page: a picture for each size and quality, then all figures."""
     charts = [_chart(found, place, one) for place, one in enumerate(found.fronts)]
     lead = "Down and to the left is better (accuracy: up). The line joins models that no other beats in both; the star is dense."
-    rows = figures([one.figures for one in found.candidates])
+    models = [one.figures for one in found.candidates]
+    rows = figures(models) + agreement_figures(models)
     header = ["", *(one.figures.name for one in found.candidates)]
     table = Table("Everything that was measured", header, [[row.name, *row.texts()] for row in rows if row.kind != "bits"])
     made = [[one.figures.name, one.asked, one.machine or "-"] for one in found.candidates]

@@ -34,6 +34,7 @@ def run_html(report: RunReport) -> str:
         title=f"{report.recipe['model']}, pruned" if report.status != "planned" else f"{report.recipe['model']}, planned",
         lead=[asked(report), f"Kept: {kept_shares(report)}.", STATUS[report.status]],
         tiles=sections.tiles(report),
+        figures="report.json",
         parts=[
             Section("figures", "Before and after", sections.perplexity_note(report), tables=[sections.headline(report)]),
             _kept(report),
@@ -72,6 +73,7 @@ def recovery_html(report: RecoveryReport) -> str:
         title=f"{report.recipe['model']}, recovered",
         lead=[recovery_asked(report)],
         tiles=tiles,
+        figures="report.json",
         parts=[
             *_learnt(facts, "Before and after", recovery_lines(report)),
             _recipe(report.recipe),
@@ -103,6 +105,7 @@ def knowledge_html(found: Knowledge) -> str:
         title=f"{found.model}, analysed",
         lead=[knowledge_title(found), f"To be protected, the dearest first: {', '.join(dearest) or 'none'}."],
         tiles=[],
+        figures="analysis.json",
         parts=[
             _knowledge(found),
             Section("groups", "Every group, the dearest first", tables=[knowledge_all(found)]),
@@ -113,12 +116,13 @@ def knowledge_html(found: Knowledge) -> str:
 
 def comparison_html(found: Comparison) -> str:
     """The page of runs side by side."""
-    count = sum(not one.dense for one in found.candidates)
+    pruned = sum(not one.dense for one in found.candidates)
+    count = pruned if pruned > 1 else len(found.candidates)
     return page(title=f"{count} models side by side", lead=[], tiles=[], parts=comparison_sections(found))
 
 
-def page(*, title: str, lead: Sequence[str], tiles: Sequence[Tile], parts: Sequence[Section]) -> str:
-    """One file of HTML; sections with nothing in them are left out."""
+def page(*, title: str, lead: Sequence[str], tiles: Sequence[Tile], parts: Sequence[Section], figures: str = "") -> str:
+    """One file of HTML; sections with nothing in them are left out. `figures` names the file beside it for programs."""
     from plotly.offline import get_plotlyjs
 
     shown = [part for part in parts if part]
@@ -129,6 +133,7 @@ def page(*, title: str, lead: Sequence[str], tiles: Sequence[Tile], parts: Seque
         lead=[line for line in lead if line],
         tiles=tiles,
         sections=shown,
+        figures=figures,
         charts=_embedded(specs) if drawn else "",
         plotly=get_plotlyjs() if drawn else "",
     )
