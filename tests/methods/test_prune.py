@@ -188,3 +188,24 @@ def test_gradients_of_other_networks_are_refused() -> None:
     model, options = classifier()
     with pytest.raises(UsageError, match="take batches of tokens"):
         resect.prune(model, settings={"kinds": ["channels"]}, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("llm-pruner", {}), ("llm-surgeon", {"shots": 2}), ("lorashear", {"analysis": None, "warmup_steps": 2, "periods": 1})],
+)
+def test_estimates_in_half_precision_are_near(method: str, settings: dict[str, Any]) -> None:
+    """What the network computes is rounded; sums, scores and weights keep their types, and precision is as it was afterwards."""
+    found = {}
+    for bf16 in (False, True):
+        model = FAMILIES["llama"]()
+        result = resect.prune(
+            model, method=method, data=TOKENS, layout="per-layer", plan_only=True, settings={**settings, "bf16": bf16}
+        )
+        found[bf16] = torch.cat([scores.double() for _, scores in sorted(result.scores.items())])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert not torch.is_autocast_enabled("cpu")
+    finite = found[False].isfinite() & found[True].isfinite()
+    exact, rounded = found[False][finite], found[True][finite]
+    assert not torch.equal(exact, rounded)
+    assert float((exact - rounded).norm() / exact.norm()) < 0.05

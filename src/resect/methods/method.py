@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -40,6 +42,14 @@ class Method(BaseModel, ABC):
 
     compensation: Compensation | None = None
     """Whether and how layers that read removed units are updated."""
+    bf16: bool = False
+    """Whether the network computes in bfloat16 where torch.autocast deems it safe; sums stay float32, matrices float64."""
+
+    def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """The precision that the network computes in while this lasts."""
+        device = next(model.parameters()).device.type
+        # weights change on the way, and a cache would not notice
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
     @property
     @abstractmethod

@@ -148,7 +148,7 @@ def prune(
                 spent = spending(model, graph, budget, keep=keep, of=of, **priced)  # type: ignore[arg-type]
             if chosen.coupled:
                 asked: dict[str, Any] = {"keep": spent.keep, "of": spent.of, **rest}
-                with _timed(seconds, "plan"):
+                with _timed(seconds, "plan"), chosen.computing(model):
                     plan, scores = chosen.plan(model, graph, given, **asked, progress=notes)
                 with _timed(seconds, "budget"):
                     plan, facts = settled(chosen, model, graph, plan, scores, asked, spent)
@@ -156,11 +156,11 @@ def prune(
                     with _timed(seconds, "curve"):
                         watch(model, graph, _way(plan, scores, stops))
                 if not plan_only:
-                    with _timed(seconds, "compensate"):
+                    with _timed(seconds, "compensate"), chosen.computing(model):
                         chosen.make_up(model, graph, plan, given, notes)
                 plan &= keep_all([graph.group(name) for name in spared if graph.group(name).kind in chosen.removes])
             else:
-                with _timed(seconds, "plan"):
+                with _timed(seconds, "plan"), chosen.computing(model):
                     shared: dict[str, Any] = {"keep": spent.keep, "of": spent.of, "protect": spared, "seed": seed}
                     pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)
     shots = plan.notes.get("shots", [])
