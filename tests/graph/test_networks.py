@@ -39,6 +39,41 @@ class Experts(nn.Module):
         return self.leave(hidden + (outer * weights[..., None]).sum(1))
 
 
+class Summed(Experts):
+    """Runs every expert on everything and sums, with scores of zero where an expert is not chosen."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor] = lambda outer: outer) -> None:
+        super().__init__(torch.sigmoid)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        logits = torch.add(self.router(hidden), self.get_buffer("correction"))
+        best = logits.topk(2, -1)
+        scores = torch.full_like(logits, -torch.inf).scatter(1, best.indices, best.values).sigmoid()
+        given = hidden.repeat(scores.shape[1], 1) * scores.t().reshape(-1, 1)
+        inner = torch.bmm(given.view(self.up.shape[0], *hidden.shape), self.up).relu()
+        outer = self.after(torch.bmm(inner, self.down).view(-1, hidden.shape[1]))
+        return self.leave(hidden + outer.view(scores.shape[1], *hidden.shape).sum(0))
+
+
+class OneAfterAnother(Experts):
+    """Chooses the best expert, and the best of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        scores = self.score(torch.add(self.router(hidden), self.get_buffer("correction")))
+        first = scores.max(-1, keepdim=True).indices
+        second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+        chosen = torch.cat([first, second], -1)
+        weights = torch.cat([scores.softmax(-1).gather(1, first), scores.gather(1, second)], -1)
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[self.used(chosen)]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1))
+
+
 class Residual(nn.Module):
     """A block of a residual network: two convolutions beside the stream."""
 
@@ -107,6 +142,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] =
     ),
     "experts, softmax": (lambda: Experts(lambda logits: logits.softmax(-1)), (13, 6), {5, 9}),
     "experts, sigmoid": (lambda: Experts(torch.sigmoid), (13, 6), {5, 9}),
+    "experts, summed": (Summed, (13, 6), {5, 9}),
+    "experts, one after another": (lambda: OneAfterAnother(torch.sigmoid), (13, 6), {5, 9}),
     "looks at values": (Picks, (3, 5), {12}),
     "puts rows": (Puts, (7, 5), {12}),
 }
@@ -168,6 +205,24 @@ def test_experts_stay_whose_numbers_are_computed_with(used: Callable[[Tensor], T
     graph = resect.trace(lively(lambda: Experts(torch.sigmoid, used)), (torch.zeros(13, 6, dtype=torch.float64),))
     assert not graph.of_kind("experts")
     assert any("numbers of positions are used" in frozen.reason for frozen in graph.frozen)
+
+
+def test_experts_stay_that_add_something_where_they_are_masked() -> None:
+    """What nothing else decides is summed at zero as well: a sigmoid of it is one half."""
+    graph = resect.trace(lively(lambda: Summed(torch.sigmoid)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+    assert any("reduced over at aten.sum" in frozen.reason for frozen in graph.frozen)
+
+
+def test_experts_stay_whose_numbers_meet_other_numbers() -> None:
+    model = lively(lambda: OneAfterAnother(torch.sigmoid, lambda chosen: torch.cat([chosen[:, :1], chosen[:, :1] * 0], -1)))
+    graph = resect.trace(model, (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+
+
+def test_as_many_experts_stay_as_are_chosen_one_after_another() -> None:
+    graph = resect.trace(lively(lambda: OneAfterAnother(torch.sigmoid)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert [group.least for group in graph.of_kind("experts")] == [2]
 
 
 class Skipping(Experts):

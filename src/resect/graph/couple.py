@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resect.graph.atoms import Atom, Axis, Form, coordinates, form, kept_length, leaves, length, root
+from resect.graph.atoms import Atom, Axis, Form, below, coordinates, form, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
 from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
@@ -109,7 +109,7 @@ def _factor(axis: Axis, offered: Mapping[Atom, Group]) -> Factor:
 
 
 def _under(axis: Sequence[Atom]) -> list[Atom]:
-    return list(dict.fromkeys(_occurrences(axis)))
+    return list(dict.fromkeys(below(axis)))
 
 
 def _leaves(
@@ -165,17 +165,8 @@ class _Layouts:
 
 def _repeats(axis: Sequence[Atom]) -> bool:
     """Whether a leaf occurs more than once, which may freeze it: that is no matter of the form alone."""
-    found = list(_occurrences(axis))
+    found = list(below(axis))
     return len(found) > len(set(found))
-
-
-def _occurrences(axis: Sequence[Atom]) -> Iterator[Atom]:
-    for top in leaves(axis):
-        parts = getattr(top.definition, "parts", None)
-        if parts is None:
-            yield top
-        for part in parts or ():
-            yield from _occurrences(part)
 
 
 def _index(coordinate: Tensor, units: int) -> Tensor:

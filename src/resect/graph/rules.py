@@ -21,6 +21,7 @@ from resect.graph.atoms import (
     Contest,
     Misaligned,
     Sum,
+    below,
     concatenate,
     factor,
     freeze,
@@ -33,6 +34,7 @@ from resect.graph.atoms import (
     reshape,
 )
 from resect.graph.vocabulary import SHAPE_ONLY, Vocabulary
+from resect.graph.zeros import Zeros
 
 Axes = list[Axis]
 """The axes of one tensor, outermost first."""
@@ -52,6 +54,7 @@ class Call:
     numbers: dict[int, Axis] = field(default_factory=dict)
     statistics: dict[str, list[Axis]] = field(default_factory=dict)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    zeros: Zeros = field(default_factory=Zeros)
     turn: int = 0  # how many operators of this name its module has run before
 
     @property
@@ -112,6 +115,9 @@ LOOKUPS = frozenset(
 )
 """Operators that take numbers of positions for what they are."""
 
+JOINED = ("aten.cat", "aten.concatenate")
+"""Operators that put numbers of positions side by side."""
+
 VIEWS = frozenset(
     f"aten.{name}"
     for name in ("view", "reshape", "detach", "alias", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "unbind")
@@ -165,7 +171,7 @@ def apply(call: Call, overload: Any) -> list[Axes]:
 
 def _watch_numbers(call: Call) -> None:
     """What is chosen by number may only be looked up: an operator that computes with the numbers keeps all that they count."""
-    if call.name in NUMBERED or call.name in LOOKUPS:
+    if call.name in NUMBERED or call.name in LOOKUPS or call.name in JOINED:
         return
     for tensor in call.tensors():
         if (numbers := call.numbers_of(tensor)) is not None:
@@ -432,7 +438,21 @@ def cat(call: Call) -> list[Axes]:
             if place != dim:
                 call.link(axes[place], axis)
     axes[dim] = concatenate([call.axes_of(tensor)[dim] for tensor in tensors])
+    _count_together(call, tensors, dim)
     return [axes]
+
+
+def _count_together(call: Call, tensors: Sequence[Tensor], dim: int) -> None:
+    """Numbers of positions of one axis side by side are still that: so many are chosen at a time, and have to stay."""
+    numbers = [call.numbers_of(tensor) for tensor in tensors]
+    if first := next(filter(None, numbers), None):
+        for other in numbers:
+            if other is None or leaves(other) != leaves(first):
+                for given in filter(None, numbers):
+                    freeze(given, f"numbers of different positions meet at {call.site}")
+                return
+        mark(first, least=min(length(first), sum(tensor.shape[dim] for tensor in tensors)))
+        call.numbers[id(call.outputs[0])] = first
 
 
 @op_rule("aten.stack")
@@ -768,8 +788,20 @@ def statistic(call: Call) -> list[Axes]:
     return _reduce(call, axes, call.arg(place, "dim"), call.mix)
 
 
-@op_rule("aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod")
-@op_rule("aten.any", "aten.all", "aten.logsumexp")
+@op_rule("aten.sum")
+def total(call: Call) -> list[Axes]:
+    """A sum over an axis, which is kept whole, but for units that are chosen by number and add zero where they are masked."""
+    axes, reason = _input(call), f"reduced over at {call.site}"
+    zero = call.zeros.along(call.args[0], axes)
+
+    def note(axis: Axis) -> None:
+        freeze([leaf for leaf in below(axis) if leaf not in zero or "chosen" not in leaf.marks], reason)
+        mark(axis, label="summed")
+
+    return _reduce(call, axes, call.arg(1, "dim"), note)
+
+
+@op_rule("aten.amin", "aten.min", "aten.argmin", "aten.prod", "aten.any", "aten.all", "aten.logsumexp")
 def reduction(call: Call) -> list[Axes]:
     """A reduction that zeroed positions would still take part in: the axis is kept whole."""
     reason = f"reduced over at {call.site}"
@@ -808,6 +840,18 @@ def topk(call: Call) -> list[Axes]:
     call.numbers[id(call.outputs[1])] = axis
     axes[dim] = fresh(call.outputs[0].shape[dim], f"chosen at {call.site}")
     return [list(axes), list(axes)]
+
+
+@op_rule("aten.max", "aten.amax", "aten.argmax")
+def largest(call: Call) -> list[Axes]:
+    """The largest position of an axis, or its number: a choice of one."""
+    axes, dims = _input(call), _dims(call, call.arg(1, "dim"), call.args[0].ndim)
+    if len(dims) != 1 or not call.args[0].is_floating_point():
+        return reduction(call)
+    _contest(call, axes[dims[0]], dims[0])
+    if call.name != "aten.amax":
+        call.numbers[id(call.outputs[-1])] = axes[dims[0]]
+    return _reduce(call, axes, dims, lambda axis: None)
 
 
 @op_rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_")

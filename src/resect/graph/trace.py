@@ -25,6 +25,7 @@ from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Frame, Graph, Operation
 from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
+from resect.graph.zeros import Zeros, memory
 
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
@@ -307,6 +308,7 @@ class Recorder(Watcher):
         self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
         self.vocabulary = Vocabulary()
+        self.zeros = Zeros()
         self.frames: dict[str, Frame] = {}
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
@@ -319,6 +321,7 @@ class Recorder(Watcher):
         """Gives a parameter axes of its own."""
         axes = [fresh(size) for size in tensor.shape]
         self._axes[id(tensor)] = (tensor, axes)
+        self.zeros.masked(tensor, axes)
         return axes
 
     def inputs(self, tensors: Sequence[Tensor]) -> None:
@@ -364,7 +367,7 @@ class Recorder(Watcher):
         inputs = _tensors([args, kwargs])
         self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
-        call.numbers, call.statistics, call.vocabulary = self._numbers, self.statistics, self.vocabulary
+        call.numbers, call.statistics, call.vocabulary, call.zeros = self._numbers, self.statistics, self.vocabulary, self.zeros
         call.turn = self.turns[self.where][name]
         contractions = len(self.contractions)
         found = rules.apply(call, func)
@@ -374,7 +377,9 @@ class Recorder(Watcher):
             self._axes[id(tensor)] = (tensor, axes)
             self._values[id(tensor)] = self._new_value()
             if func._schema.is_mutable:
-                self._written[_memory(tensor)] = self._values[id(tensor)]
+                self._written[memory(tensor)] = self._values[id(tensor)]
+                self.zeros.wrote(tensor)
+        self.zeros.follow(name, args, zip(outputs, found, strict=True), self.axes_of)
         given = tuple(self._values[id(tensor)] for tensor in outputs)
         self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
         if name not in UNSEEN:
@@ -421,7 +426,7 @@ class Recorder(Watcher):
     def _values_of(self, tensor: Tensor) -> tuple[int, ...]:
         """The number of a tensor's value, and of the last one written into its memory through another view of it."""
         value = self._values.setdefault(id(tensor), self._new_value())
-        written = self._written.get(_memory(tensor), value)
+        written = self._written.get(memory(tensor), value)
         return (value,) if written == value else (value, written)
 
 
@@ -436,11 +441,6 @@ def _constants(args: tuple[Any, ...], kwargs: dict[str, Any], func: Any) -> tupl
     """The numbers that an operator computes with: of element-wise ones all, of others those that are no sizes."""
     kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
     return tuple(value for value in (*args, *kwargs.values()) if type(value) in kinds)
-
-
-def _memory(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
 
 
 def _is_text(tensor: Tensor) -> bool:
