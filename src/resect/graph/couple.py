@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resect.graph.atoms import Atom, Axis, Form, below, coordinates, form, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
-from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
+from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Loop, Member, Operation, Rivals, Term, Witness
 from resect.graph.vocabulary import VOCABULARY, named_tokens
 
 FUSED = (nn.TransformerEncoderLayer,)
@@ -37,6 +37,7 @@ class Run:
     parameters: Mapping[str, Sequence[Axis]]  # tied ones once, in the order that data reaches them
     buffers: Mapping[str, Sequence[Axis]]  # those that belong to the checkpoint
     operations: Sequence[Operation]
+    loops: Mapping[int, Loop]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
     statistics: Mapping[str, Sequence[Axis]]  # what the normalisations of each module run over
     flow: Flow
@@ -86,7 +87,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
         parameters={name: term(axes, name) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
-        witness=Witness(tuple(run.operations), run.example, named, run.fake, frames),
+        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames),
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
 
@@ -197,9 +198,14 @@ def _nested(atom: Atom, outer: Sequence[Atom]) -> str:
     for other in outer:
         if "attention" in other.marks:
             return "a part of every head"
-        if not other.reason:
+        if not other.reason and not _is_expert(other):
             return "a part of every unit of another group"
     return ""
+
+
+def _is_expert(atom: Atom) -> bool:
+    """Whether units compete and the winners are looked up by number; the channels of all experts are units themselves."""
+    return "chosen" in atom.marks and bool(atom.contests)
 
 
 def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
@@ -254,7 +260,7 @@ def _name(found: Iterable[_Leaf], blocks: Blocks, model: nn.Module) -> list[tupl
 def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
     if VOCABULARY in atom.marks:
         return VOCABULARY
-    if "chosen" in atom.marks and atom.contests:
+    if _is_expert(atom):
         return "experts"
     if "attention" in atom.marks and (layer is not None or not blocks.count):
         return "heads"

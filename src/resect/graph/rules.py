@@ -40,6 +40,14 @@ Axes = list[Axis]
 """The axes of one tensor, outermost first."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """The number of a position of an axis that indexing has just read out of a tensor, to pick that position."""
+
+    numbers: Axis
+    value: int
+
+
 @dataclass
 class Call:
     """One operator call under trace: its arguments, its results, and the axes known of each tensor."""
@@ -55,6 +63,9 @@ class Call:
     statistics: dict[str, list[Axis]] = field(default_factory=dict)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     zeros: Zeros = field(default_factory=Zeros)
+    chosen: dict[int, Axis] = field(default_factory=dict)  # what was put into zeros by number, by result
+    told: Told | None = None
+    function: str = ""  # of torch, as the network called it
     turn: int = 0  # how many operators of this name its module has run before
 
     @property
@@ -112,11 +123,15 @@ NUMBERED = frozenset(
 LOOKUPS = frozenset(
     f"aten.{name}"
     for name in ("index", "gather", "index_select", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_")
+    + ("index_add", "index_add_")
 )
 """Operators that take numbers of positions for what they are."""
 
 JOINED = ("aten.cat", "aten.concatenate")
 """Operators that put numbers of positions side by side."""
+
+CHECKS = ("aten.aminmax", "aten.min", "aten.max")
+"""Operators with which `one_hot`, told how many classes there are, only makes sure that no number is beyond them."""
 
 VIEWS = frozenset(
     f"aten.{name}"
@@ -172,6 +187,8 @@ def apply(call: Call, overload: Any) -> list[Axes]:
 def _watch_numbers(call: Call) -> None:
     """What is chosen by number may only be looked up: an operator that computes with the numbers keeps all that they count."""
     if call.name in NUMBERED or call.name in LOOKUPS or call.name in JOINED:
+        return
+    if call.function == "one_hot" and call.name in CHECKS:
         return
     for tensor in call.tensors():
         if (numbers := call.numbers_of(tensor)) is not None:
@@ -372,7 +389,10 @@ def select(call: Call) -> list[Axes]:
     axes = _input(call)
     dim = call.arg(1, "dim") % len(axes)
     axis, size = axes.pop(dim), call.args[0].shape[dim]
-    _pick(call, axis, call.arg(2, "index") % size)
+    if call.told is not None and call.told.value == call.arg(2, "index"):
+        _look_up(call, axis, call.told.numbers)
+    else:
+        _pick(call, axis, call.arg(2, "index") % size)
     return [axes]
 
 
@@ -395,13 +415,23 @@ def split(call: Call) -> list[Axes]:
     at = 0
     for output in call.outputs:
         stop = at + output.shape[dim]
-        results.append([*axes[:dim], narrow(axes[dim], at, stop), *axes[dim + 1 :]])
+        results.append([*axes[:dim], _segment(call, axes[dim], at, stop), *axes[dim + 1 :]])
         at = stop
     if isinstance(call.arg(1, "split_size"), int):
         for part in results[1:]:
             if length(part[dim]) == length(results[0][dim]):
                 call.link(results[0][dim], part[dim])
     return results
+
+
+def _segment(call: Call, axis: Axis, start: int, stop: int) -> Axis:
+    """A run of positions of an axis, which is kept whole where the run cannot be followed."""
+    try:
+        return narrow(axis, start, stop)
+    except Misaligned as problem:
+        reason = f"{problem} at {call.site}"
+        freeze(axis, reason)
+        return fresh(stop - start, reason)
 
 
 @op_rule("aten.unbind")
@@ -573,11 +603,24 @@ def embedding(call: Call) -> list[Axes]:
 def _looked_up(call: Call, axis: Axis, index: Tensor) -> None:
     """An axis indexed by data: chosen from, where the numbers are known to be its positions, else kept whole."""
     numbers = call.numbers_of(index)
-    if numbers is None or length(numbers) != length(axis):
-        freeze((*axis, *(numbers or ())), f"positions are looked up at {call.site}")
+    if numbers is None:
+        freeze(axis, f"positions are looked up at {call.site}")
     else:
-        call.link(axis, numbers)
-        mark(axis, label="chosen")
+        _look_up(call, axis, numbers)
+
+
+def _look_up(call: Call, axis: Axis, numbers: Axis) -> None:
+    """Positions chosen by number. What no number reaches is kept, and so is what has a number beyond the end, an error if met."""
+    reached = min(length(axis), length(numbers))
+    try:
+        for given in (axis, numbers):
+            if reached < length(given):
+                freeze(narrow(given, reached, length(given)), f"positions are looked up among others at {call.site}")
+        axis, numbers = narrow(axis, 0, reached), narrow(numbers, 0, reached)
+    except Misaligned:
+        freeze((*axis, *numbers), f"positions are looked up at {call.site}")
+    call.link(axis, numbers)
+    mark(axis, label="chosen")
 
 
 @op_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
@@ -859,12 +902,41 @@ def scatter(call: Call) -> list[Axes]:
     """Values put at numbered positions of one axis; the other axes pairwise."""
     axes, dim, index = _input(call), call.arg(1, "dim"), call.arg(2, "index")
     dim %= len(axes)
+    nothing = call.zeros.nothing(call.args[0])
     _looked_up(call, axes[dim], index)
     for tensor in call.tensors()[1:]:
         for place, axis in enumerate(call.axes_of(tensor)):
             if place != dim:
                 call.link(axes[place], axis)
+    if nothing and (numbers := call.numbers_of(index)) is not None:
+        call.chosen[id(call.outputs[0])] = numbers
     return [axes]
+
+
+@op_rule("aten.index_add", "aten.index_add_")
+def index_add(call: Call) -> list[Axes]:
+    """Values added at numbered positions of one axis; the other axes pairwise."""
+    axes, dim, given = _input(call), call.arg(1, "dim"), call.axes_of(call.arg(3, "source"))
+    dim %= len(axes)
+    _looked_up(call, axes[dim], call.arg(2, "index"))
+    freeze(given[dim], f"positions are looked up at {call.site}")
+    for place, axis in enumerate(given):
+        if place != dim:
+            call.link(axes[place], axis)
+    return [axes]
+
+
+@op_rule("aten.nonzero")
+def nonzero(call: Call) -> list[Axes]:
+    """The numbers of the positions that are not zero, as many as the data says; masked units must not be among them."""
+    axes, output = _input(call), call.outputs[0]
+    reason = f"as many as the data says at {call.site}"
+    zero = call.zeros.along(call.args[0], axes) if len(axes) == 1 else frozenset()
+    for axis in axes:
+        freeze([leaf for leaf in below(axis) if leaf not in zero], reason)
+    if len(axes) == 1:
+        call.numbers[id(output)] = axes[0]
+    return [[fresh(size, reason) for size in output.shape]]
 
 
 @op_rule("aten.index_put", "aten._unsafe_index_put")

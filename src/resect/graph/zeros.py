@@ -28,6 +28,8 @@ ZERO_AT_ZERO = frozenset(
 TERMS = ("aten.add", "aten.sub")
 FACTORS = ("aten.mul",)
 PRODUCTS = ("aten.mm", "aten.bmm")
+MORE = ("aten.gt",)
+NOTHING = ("aten.zeros", "aten.zeros_like", "aten.new_zeros")
 
 
 class Zeros:
@@ -35,21 +37,30 @@ class Zeros:
 
     def __init__(self) -> None:
         self._known: dict[int, frozenset[Atom]] = {}
-        self._written: set[int] = set()
+        self._nothing: set[int] = set()
+        self._views: dict[int, set[int]] = {}
 
     def masked(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Notes a parameter: masking puts zeros into it, along every axis."""
-        self._known[id(tensor)] = _once(axes, [atom for axis in axes for atom in axis])
+        self._note(tensor, _once(axes, [atom for axis in axes for atom in axis]))
 
     def wrote(self, tensor: Tensor) -> None:
         """Notes that a tensor was written into: nothing is known of it and of its other views any more."""
-        self._written.add(memory(tensor))
+        for view in self._views.pop(memory(tensor), ()):
+            self._known.pop(view, None)
+            self._nothing.discard(view)
 
     def along(self, tensor: Any, axes: Sequence[Axis]) -> frozenset[Atom]:
         """The leaves at whose masked units a tensor is zero."""
-        if memory(tensor) in self._written:
-            return frozenset()
         return _once(axes, self._known.get(id(tensor), ()))
+
+    def nothing(self, tensor: Tensor) -> bool:
+        """Whether a tensor is zero all over."""
+        return id(tensor) in self._nothing
+
+    def chosen(self, tensor: Tensor, axes: Sequence[Axis], choice: Axis) -> None:
+        """Notes that nothing but what is chosen among the positions of an axis was put into zeros: masked units never are."""
+        self._note(tensor, _once(axes, choice))
 
     def follow(self, name: str, args: Sequence[Any], outputs: Iterable[tuple[Tensor, Sequence[Axis]]], axes_of: AxesOf) -> None:
         """Notes where the results of an operator, given with their axes, are zero."""
@@ -59,7 +70,7 @@ class Zeros:
             return self.along(given, axes_of(given)) if isinstance(given, Tensor) else frozenset()
 
         found: frozenset[Atom] = frozenset()
-        if name in ZERO_AT_ZERO:
+        if name in ZERO_AT_ZERO or (name in MORE and not isinstance(args[1], Tensor) and args[1] >= 0):
             found = along(0)
         elif name in FACTORS:
             found = along(0) | along(1)
@@ -68,8 +79,16 @@ class Zeros:
         elif name in PRODUCTS:  # what is summed over is no axis of the result
             left, right = axes_of(args[0]), axes_of(args[1])
             found = along(0) & _leaves(left[:-1]) | along(1) & _leaves([*right[:-2], right[-1]])
-        if found:
-            self._known.update((id(tensor), _once(axes, found)) for tensor, axes in outputs)
+        for tensor, axes in outputs:
+            if found:
+                self._note(tensor, _once(axes, found))
+            if name in NOTHING:
+                self._note(tensor, frozenset())
+                self._nothing.add(id(tensor))
+
+    def _note(self, tensor: Tensor, found: frozenset[Atom]) -> None:
+        self._known[id(tensor)] = found
+        self._views.setdefault(memory(tensor), set()).add(id(tensor))
 
 
 def memory(tensor: Tensor) -> int:

@@ -145,8 +145,8 @@ class Search:
         if reaches and max(reaches) < reached:
             self.limit = TORN
         for count in range(1, most + 1):
-            for depth in range(len(path), -1, -1):
-                roles = list(dict.fromkeys(_candidates(self.model, self.blocks, ".".join(path[:depth]), self.groups)))
+            for place in self._places(path):
+                roles = list(dict.fromkeys(_candidates(self.model, self.blocks, place, self.groups)))
                 if count > 1:  # a module that reads its configuration while it runs reads one number at a time
                     roles = [role for role in roles if not role.attribute.startswith("config.")]
                 better = []
@@ -171,8 +171,7 @@ class Search:
         Of the module it runs in and of those around it, all of a module at once and then each alone.
         """
         sizes = self.replay.sizes(int(reached))
-        for depth in range(len(path), -1, -1):
-            where = ".".join(path[:depth])
+        for where in self._places(path):
             known, resized = found.get(where, {}), _resized(self.model.get_submodule(where), sizes)
             if any(known.get(name, values[0]) not in values for name, values in resized.items()):
                 self.limit = TORN
@@ -180,6 +179,12 @@ class Search:
             alone = [(choice,) for values in choices for choice in values] if len(choices) > 1 else []
             for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
                 yield {**found, where: {**known, **dict(chosen)}}
+
+    def _places(self, path: list[str]) -> list[str]:
+        """A module, those around it, and those right inside it: another method of theirs may run as a part of it."""
+        around = [".".join(path[:depth]) for depth in range(len(path), -1, -1)]
+        inside = [".".join([*path, name]) for name, _ in self.model.get_submodule(around[0]).named_children()]
+        return around + inside
 
     def _needed(self, found: Attributes, trial: Attributes) -> Attributes:
         """A trial without what it gets as far without: another number may have the same size by chance."""
