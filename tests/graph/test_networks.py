@@ -96,6 +96,27 @@ class Looped(Experts):
         return self.leave(hidden + outer)
 
 
+class Idle(Experts):
+    """Has one more choice, which adds nothing: its number becomes that of the first expert, with a weight of zero."""
+
+    def __init__(self, skipped: Callable[[Tensor, Tensor, int], Tensor] = lambda chosen, skip, last: chosen.masked_fill(skip, 0)):
+        super().__init__(torch.sigmoid)
+        self.experts, self.skipped = 4, skipped
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 9)), nn.Parameter(torch.randn(4, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        scores = torch.add(self.router(hidden), self.get_buffer("correction")).softmax(-1)
+        chosen = scores.topk(2, -1).indices
+        skip = chosen == self.experts
+        weights = scores.gather(1, chosen).masked_fill(skip, 0)
+        chosen = self.skipped(chosen, skip, self.experts)
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1))
+
+
 class Residual(nn.Module):
     """A block of a residual network: two convolutions beside the stream."""
 
@@ -167,6 +188,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] =
     "experts, summed": (Summed, (13, 6), {5, 9}),
     "experts, one after another": (lambda: OneAfterAnother(torch.sigmoid), (13, 6), {5, 9}),
     "experts, in a loop": (Looped, (13, 6), {5, 9, 6}),
+    "experts, and none of them": (Idle, (13, 6), {3, 9}),  # the first expert stays
     "looks at values": (Picks, (3, 5), {12}),
     "puts rows": (Puts, (7, 5), {12}),
 }
@@ -240,6 +262,20 @@ def test_experts_stay_that_add_something_where_they_are_masked() -> None:
 def test_experts_stay_whose_numbers_meet_other_numbers() -> None:
     model = lively(lambda: OneAfterAnother(torch.sigmoid, lambda chosen: torch.cat([chosen[:, :1], chosen[:, :1] * 0], -1)))
     graph = resect.trace(model, (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+
+
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        lambda chosen, skip, last: chosen.masked_fill(skip, 1),
+        lambda chosen, skip, last: chosen.masked_fill(chosen == 1, 0).masked_fill(skip, 0),
+        lambda chosen, skip, last: chosen.clamp(max=last - 1),
+        lambda chosen, skip, last: torch.where(skip, 2, chosen),
+    ],
+)
+def test_experts_stay_where_others_stand_in_for_them(skipped: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    graph = resect.trace(lively(lambda: Idle(skipped)), (torch.zeros(13, 6, dtype=torch.float64),))
     assert not graph.of_kind("experts")
 
 

@@ -65,6 +65,8 @@ class Call:
     zeros: Zeros = field(default_factory=Zeros)
     chosen: dict[int, Axis] = field(default_factory=dict)  # what was put into zeros by number, by result
     told: Told | None = None
+    masks: dict[int, tuple[Axis, int]] = field(default_factory=dict)  # where numbers are that of one position
+    contests: dict[Contest, Axis] = field(default_factory=dict)
     function: str = ""  # of torch, as the network called it
     turn: int = 0  # how many operators of this name its module has run before
 
@@ -88,6 +90,19 @@ class Call:
         """The axis whose positions the values of an integer tensor are, where that is known."""
         return self.numbers.get(id(tensor))
 
+    def singled_out(self) -> tuple[Axis, int] | None:
+        """The axis of the numbers that are compared with the number of one of its positions, and that position."""
+        numbers, position = self.numbers_of(self.args[0]) if self.args else None, self.arg(1, "other")
+        single = self.name == "aten.eq" and numbers is not None and type(position) is int and 0 <= position < length(numbers)
+        return (numbers, position) if single and numbers is not None else None
+
+    def put_first(self) -> tuple[Axis, int] | None:
+        """The same where numbers of the last position are replaced by that of the first."""
+        numbers, mask = self.numbers_of(self.args[0]), self.masks.get(id(self.args[1]))
+        if numbers is None or mask is None or self.arg(2, "value") != 0 or isinstance(self.arg(2, "value"), Tensor):
+            return None
+        return mask if leaves(mask[0]) == leaves(numbers) and mask[1] == length(numbers) - 1 > 0 else None
+
     def mix(self, axis: Axis) -> None:
         """Notes that the running module takes a statistic over an axis."""
         where = self.where or "the model"
@@ -96,8 +111,11 @@ class Call:
 
     def before(self) -> Axis:
         """What an operator that takes a run of positions out of an axis leaves out in front of it."""
+        if id(self.outputs[0]) in self.masks:
+            numbers, position = self.masks[id(self.outputs[0])]
+            return narrow(numbers, 0, position)
         run = run_of_positions(self.name, self.args, self.kwargs)
-        if run is None or not run[1]:
+        if self.name == "aten.eq" or run is None or not run[1]:
             return ()
         dim, start = run
         try:
@@ -188,7 +206,9 @@ def _watch_numbers(call: Call) -> None:
     """What is chosen by number may only be looked up: an operator that computes with the numbers keeps all that they count."""
     if call.name in NUMBERED or call.name in LOOKUPS or call.name in JOINED:
         return
-    if call.function == "one_hot" and call.name in CHECKS:
+    if call.function == "one_hot" and call.name in CHECKS or call.singled_out():
+        return
+    if call.name == "aten.masked_fill" and call.put_first():
         return
     for tensor in call.tensors():
         if (numbers := call.numbers_of(tensor)) is not None:
@@ -208,6 +228,8 @@ def _watch_text(call: Call) -> None:
 
 def run_of_positions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """The axis that an operator takes a run of positions from, and where the run starts; None for other operators."""
+    if name == "aten.eq":
+        return 0, args[1]
     if name == "aten.index":
         run = _constant_run(args[1], args[0].shape)
         return run and run[:2]
@@ -254,7 +276,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.contiguous")
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
-@op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
+@op_rule("aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
 @op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
@@ -272,6 +294,30 @@ def pointwise(call: Call) -> list[Axes]:
                     call.link(axes[place], axis)
         results.append([axis if length(axis) == size else fresh(size) for axis, size in zip(axes, output.shape, strict=True)])
     return results
+
+
+@op_rule("aten.eq")
+def equal(call: Call) -> list[Axes]:
+    """Whether positions are equal; numbers may be compared with that of one position, which then is one by itself."""
+    if (single := call.singled_out()) is not None:
+        numbers, position = single
+        try:
+            narrow(numbers, position, position + 1)
+            call.masks[id(call.outputs[0])] = single
+        except Misaligned:
+            freeze(numbers, f"numbers of positions are used at {call.site}")
+    return pointwise(call)
+
+
+@op_rule("aten.masked_fill")
+def masked_fill(call: Call) -> list[Axes]:
+    """Positions with another value; numbers of the last position may become that of the first, which then has to stay."""
+    if (first := call.put_first()) is not None:
+        numbers, last = first
+        left = narrow(numbers, 0, last)
+        narrow(left, 0, 1)
+        call.numbers[id(call.outputs[0])] = left
+    return pointwise(call)
 
 
 @op_rule("aten.full", "aten.zeros", "aten.ones", "aten.empty", "aten.scalar_tensor", "aten.new_zeros", "aten.new_ones")
@@ -861,7 +907,9 @@ def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> 
 
 
 def _contest(call: Call, axis: Axis, dim: int, least: int = 1) -> None:
-    mark(axis, contest=Contest(call.where, call.name, call.turn, dim, length(axis)), least=least)
+    contest = Contest(call.where, call.name, call.turn, dim, length(axis))
+    call.contests[contest] = axis
+    mark(axis, contest=contest, least=least)
 
 
 @op_rule("aten._softmax", "aten.softmax", "aten._safe_softmax")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length, length, mark
+from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.groups import Frame, Graph, Loop, Operation
@@ -112,6 +112,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         recorder.operations,
         {rows.number: loop for rows in recorder.loops if (loop := rows.loop(recorder.operations))},
         recorder.contractions,
+        recorder.contests,
         recorder.statistics,
         recorder.flow,
         recorder.tokens,
@@ -350,7 +351,8 @@ class Replayer(Watcher):
         found = [tuple(output.shape) for output in outputs]
         if not self._witness.fits(operation, found, self._kept):
             return f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}"
-        if (constants := _constants(args, kwargs, func)) != operation.constants:
+        constants = () if name == "aten.eq" and operation.before else _constants(args, kwargs, func)
+        if constants != operation.constants:
             return f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size"
         if operation.before:
             start = rules.run_of_positions(name, args, kwargs)
@@ -410,6 +412,8 @@ class Recorder(Watcher):
         self._told: rules.Told | None = None
         self.functions = Sizes(self.known, self._left_tensors)
         self.loops: list[_Rows] = []
+        self.contests: dict[Contest, Axis] = {}
+        self._masks: dict[int, tuple[Axis, int]] = {}
 
     def parameter(self, tensor: Tensor) -> rules.Axes:
         """Gives a parameter axes of its own."""
@@ -463,6 +467,7 @@ class Recorder(Watcher):
         self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         call.numbers, call.statistics, call.vocabulary, call.zeros = self._numbers, self.statistics, self.vocabulary, self.zeros
+        call.masks, call.contests = self._masks, self.contests
         call.turn, call.function = self.turns[self.where][name], self.functions.running
         call.told, self._told = self._told, None
         if call.told is not None and (name != "aten.select" or args[2] != call.told.value):
@@ -486,7 +491,7 @@ class Recorder(Watcher):
         if name not in UNSEEN:
             self._begin_row(args)
             self._take_apart(name, args, outputs)
-            constants = _constants(args, kwargs, func)
+            constants = () if name == "aten.eq" and before else _constants(args, kwargs, func)
             self.operations.append(Operation(name, self.where, tuple(map(tuple, found)), constants, before))
 
     def seen_empty(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:

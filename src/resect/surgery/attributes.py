@@ -249,12 +249,14 @@ def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attribu
     found: Attributes = {}
     for group, count in groups:
         for path in {member.parameter.rpartition(".")[0] for member in group.members if group.kind == "experts"}:
-            module = model.get_submodule(path)
-            sizes = [size for parameter in module.parameters(recurse=False) for size in parameter.shape]
-            if sizes.count(group.units) == len(list(module.parameters(recurse=False))):
-                found[path] = {
-                    name: count for name, value in _integers(module) if value == group.units and not name.startswith("config.")
-                }
+            own = dict(model.get_submodule(path).named_parameters(recurse=False))
+            inside = [member for member in group.members if member.parameter.rpartition(".")[0] == path]
+            weights = [member for member in inside if member.parameter.rpartition(".")[2] in own]
+            sizes = {own[member.parameter.rpartition(".")[2]].shape[member.axis] for member in weights}  # some may always stay
+            if len(sizes) == 1 and len(weights) == len(own) and {member.index.shape[1] for member in weights} == {1}:
+                size = sizes.pop()
+                values = [name for name, value in _integers(model.get_submodule(path)) if value == size]
+                found[path] = {name: size - group.units + count for name in values if not name.startswith("config.")}
     return found
 
 
