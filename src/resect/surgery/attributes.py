@@ -171,7 +171,8 @@ class Search:
         Of the module it runs in and of those around it, all of a module at once and then each alone.
         """
         sizes = self.replay.sizes(int(reached))
-        for where in self._places(path):
+        for depth in range(len(path), -1, -1):
+            where = ".".join(path[:depth])
             known, resized = found.get(where, {}), _resized(self.model.get_submodule(where), sizes)
             if any(known.get(name, values[0]) not in values for name, values in resized.items()):
                 self.limit = TORN
