@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
-from resect.errors import UsageError
+from resect.errors import ModelError, UsageError
 from resect.graph import Graph
 from tests.models import random_plan
 
@@ -34,6 +34,84 @@ class Experts(nn.Module):
         chosen = torch.add(scores, self.get_buffer("correction")).topk(2, -1).indices
         weights = scores.gather(1, chosen)
         chosen = self.used(chosen)
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1))
+
+
+class Summed(Experts):
+    """Runs every expert on everything and sums, with scores of zero where an expert is not chosen."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor] = lambda outer: outer) -> None:
+        super().__init__(torch.sigmoid)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        logits = torch.add(self.router(hidden), self.get_buffer("correction"))
+        best = logits.topk(2, -1)
+        scores = torch.full_like(logits, -torch.inf).scatter(1, best.indices, best.values).sigmoid()
+        given = hidden.repeat(scores.shape[1], 1) * scores.t().reshape(-1, 1)
+        inner = torch.bmm(given.view(self.up.shape[0], *hidden.shape), self.up).relu()
+        outer = self.after(torch.bmm(inner, self.down).view(-1, hidden.shape[1]))
+        return self.leave(hidden + outer.view(scores.shape[1], *hidden.shape).sum(0))
+
+
+class OneAfterAnother(Experts):
+    """Chooses the best expert, and the best of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        scores = self.score(torch.add(self.router(hidden), self.get_buffer("correction")))
+        first = scores.max(-1, keepdim=True).indices
+        second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+        chosen = torch.cat([first, second], -1)
+        weights = torch.cat([scores.softmax(-1).gather(1, first), scores.gather(1, second)], -1)
+        inner = torch.einsum("bh,bkhi->bki", hidden, self.up[self.used(chosen)]).relu()
+        outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
+        return self.leave(hidden + (outer * weights[..., None]).sum(1))
+
+
+class Looped(Experts):
+    """Goes through the experts that any row has chosen, one after another; the channels of all lie along one axis."""
+
+    def __init__(self, picked: Callable[[Tensor], Tensor | int] = lambda number: number) -> None:
+        super().__init__(torch.sigmoid)
+        self.experts, self.inner, self.picked = 5, 9, picked
+        self.up, self.down = nn.Parameter(torch.randn(5 * 9, 6)), nn.Parameter(torch.randn(5 * 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        weights, chosen = torch.add(self.score(self.router(hidden)), self.get_buffer("correction")).topk(2, -1)
+        places = nn.functional.one_hot(chosen, num_classes=self.experts + 1).permute(2, 1, 0)
+        outer = torch.zeros_like(hidden)
+        for found in (places.sum((1, 2)) > 0).nonzero():
+            number = self.picked(found[0])
+            place, row = torch.where(places[number])
+            up, down = (weight.view(-1, self.inner, hidden.shape[1])[number] for weight in (self.up, self.down))
+            outer.index_add_(0, row, (hidden[row] @ up.t()).relu() @ down * weights[row, place, None])
+        return self.leave(hidden + outer)
+
+
+class Idle(Experts):
+    """Has one more choice, which adds nothing: its number becomes that of the first expert, with a weight of zero."""
+
+    def __init__(self, skipped: Callable[[Tensor, Tensor, int], Tensor] = lambda chosen, skip, last: chosen.masked_fill(skip, 0)):
+        super().__init__(torch.sigmoid)
+        self.experts, self.skipped = 4, skipped
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 9)), nn.Parameter(torch.randn(4, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] to [batch, 4]."""
+        hidden = self.enter(x)
+        scores = torch.add(self.router(hidden), self.get_buffer("correction")).softmax(-1)
+        chosen = scores.topk(2, -1).indices
+        skip = chosen == self.experts
+        weights = scores.gather(1, chosen).masked_fill(skip, 0)
+        chosen = self.skipped(chosen, skip, self.experts)
         inner = torch.einsum("bh,bkhi->bki", hidden, self.up[chosen]).relu()
         outer = torch.einsum("bki,bkih->bkh", inner, self.down[chosen])
         return self.leave(hidden + (outer * weights[..., None]).sum(1))
@@ -107,6 +185,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[int]]] =
     ),
     "experts, softmax": (lambda: Experts(lambda logits: logits.softmax(-1)), (13, 6), {5, 9}),
     "experts, sigmoid": (lambda: Experts(torch.sigmoid), (13, 6), {5, 9}),
+    "experts, summed": (Summed, (13, 6), {5, 9}),
+    "experts, one after another": (lambda: OneAfterAnother(torch.sigmoid), (13, 6), {5, 9}),
+    "experts, in a loop": (Looped, (13, 6), {5, 9, 6}),
+    "experts, and none of them": (Idle, (13, 6), {3, 9}),  # the first expert stays
     "looks at values": (Picks, (3, 5), {12}),
     "puts rows": (Puts, (7, 5), {12}),
 }
@@ -168,6 +250,55 @@ def test_experts_stay_whose_numbers_are_computed_with(used: Callable[[Tensor], T
     graph = resect.trace(lively(lambda: Experts(torch.sigmoid, used)), (torch.zeros(13, 6, dtype=torch.float64),))
     assert not graph.of_kind("experts")
     assert any("numbers of positions are used" in frozen.reason for frozen in graph.frozen)
+
+
+def test_experts_stay_that_add_something_where_they_are_masked() -> None:
+    """What nothing else decides is summed at zero as well: a sigmoid of it is one half."""
+    graph = resect.trace(lively(lambda: Summed(torch.sigmoid)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+    assert any("reduced over at aten.sum" in frozen.reason for frozen in graph.frozen)
+
+
+def test_experts_stay_whose_numbers_meet_other_numbers() -> None:
+    model = lively(lambda: OneAfterAnother(torch.sigmoid, lambda chosen: torch.cat([chosen[:, :1], chosen[:, :1] * 0], -1)))
+    graph = resect.trace(model, (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+
+
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        lambda chosen, skip, last: chosen.masked_fill(skip, 1),
+        lambda chosen, skip, last: chosen.masked_fill(chosen == 1, 0).masked_fill(skip, 0),
+        lambda chosen, skip, last: chosen.clamp(max=last - 1),
+        lambda chosen, skip, last: torch.where(skip, 2, chosen),
+    ],
+)
+def test_experts_stay_where_others_stand_in_for_them(skipped: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    graph = resect.trace(lively(lambda: Idle(skipped)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+
+
+@pytest.mark.parametrize("picked", [int, Tensor.item, Tensor.tolist, lambda one: one + 0, lambda one: (int(one) + 1) % 5])
+def test_experts_stay_whose_numbers_leave_the_tensors(picked: Callable[[Tensor], Tensor | int]) -> None:
+    """What the network's code does with a plain number nobody sees."""
+    graph = resect.trace(lively(lambda: Looped(picked)), (torch.randn(13, 6, dtype=torch.float64),))
+    assert not graph.of_kind("experts")
+    reasons = {frozen.reason for frozen in graph.frozen}
+    assert any(reason.startswith(("numbers of positions", "values leave the tensors")) for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_no_row_of_the_example_chose_are_cut_all_the_same(seed: int) -> None:
+    """A cut network chooses otherwise: it goes through another number of experts than the dense one did."""
+    model = lively(Looped)
+    graph = resect.trace(model, (torch.randn(3, 6, dtype=torch.float64),))
+    assert_cut_equals_mask(model, graph, torch.randn(40, 6, dtype=torch.float64), seed=seed)
+
+
+def test_as_many_experts_stay_as_are_chosen_one_after_another() -> None:
+    graph = resect.trace(lively(lambda: OneAfterAnother(torch.sigmoid)), (torch.zeros(13, 6, dtype=torch.float64),))
+    assert [group.least for group in graph.of_kind("experts")] == [2]
 
 
 class Skipping(Experts):
@@ -281,3 +412,72 @@ def test_lists_and_sums_of_sizes_that_a_module_keeps_follow_a_cut(seed: int) -> 
     assert isinstance(front.shape, tuple)
     with resect.masked(model, plan, graph):
         torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Literal(nn.Module):
+    """A layer of four channels that its code knows by heart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 5]."""
+        inner: Tensor = self.up(x).view(-1, 4)
+        return x + self.down(inner.relu())
+
+
+class Stack(nn.Module):
+    """As many layers as each has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 4
+        self.enter, self.layers = nn.Linear(3, 5), nn.ModuleList(Literal() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 3] to [batch, 5]."""
+        hidden: Tensor = self.enter(x)
+        for layer in self.layers[: self.depth]:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_a_cut_network_may_not_stop_before_what_it_cannot_run() -> None:
+    model = Stack().double().eval()
+    graph = resect.trace(model, (torch.zeros(2, 3, dtype=torch.float64),))
+    kept = {"kind": "channels", "layer": 3, "units": 4, "keep": [0, 1, 2]}
+    plan = resect.Plan.model_validate({"groups": {"layers.3.channels": kept}})
+    with pytest.raises(ModelError, match=r"layers\.3 does not take the new sizes"):
+        resect.cut(model, plan, graph)
+
+
+class Projects(nn.Module):
+    """Has a width, and a method that is no `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.weight = nn.Parameter(torch.randn(12, 5))
+
+    def project(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 12]."""
+        return torch.zeros(len(x), self.width, dtype=x.dtype).add(x @ self.weight.t())
+
+
+class Calls(nn.Module):
+    """Calls a method of a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.leave = Projects(), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 5]."""
+        return self.leave(self.part.project(x).relu())
+
+
+def test_numbers_of_a_part_whose_method_runs_follow_a_cut() -> None:
+    model = Calls().double().eval()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert_cut_equals_mask(model, resect.trace(model, (x,)), x, seed=1)

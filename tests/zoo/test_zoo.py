@@ -1,6 +1,6 @@
 """Types beyond the dense families of tests/models.py: what is offered is cut, and cut equals mask.
 
-Twenty types are examined every time, a quarter of the rest in turn, another every day (RESECT_ZOO=0..3 picks one); `make zoo`
+Twenty-one types are examined every time, a quarter of the rest in turn, another every day (RESECT_ZOO=0..3 picks one); `make zoo`
 examines all of them and writes the record that this is held against.
 """
 
@@ -25,7 +25,8 @@ OFFERED = {
     "deepseek_v3": DENSE | {"experts"},  # latent attention, shared experts, a correction
     "afmoe": DENSE | {"experts"},
     "mamba": DENSE - {"heads"},
-    "llama4_text": DENSE,  # a base_model_prefix that is no attribute
+    "llama4_text": DENSE | {"experts"},  # a base_model_prefix that is no attribute, experts that are summed
+    "phimoe": DENSE | {"experts"},  # chosen one after another
     "bert": DENSE,  # norms after the sum
     "bart": DENSE,  # cross-attention is there and not used
     "olmo": DENSE,  # norms without weights

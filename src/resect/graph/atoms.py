@@ -12,7 +12,7 @@ What cannot be aligned raises `Misaligned`; the caller freezes it. Merging too m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -97,6 +97,15 @@ def leaves(axis: Sequence[Atom]) -> list[Atom]:
             found.extend(leaves(top.definition.factors))
         elif top.size != 1:
             found.append(top)
+    return found
+
+
+def below(axis: Iterable[Atom]) -> list[Atom]:
+    """The leaves under an axis, with all refinements written out, segments too; some may occur more than once."""
+    found: list[Atom] = []
+    for top in leaves(tuple(axis)):
+        parts = top.definition.parts if isinstance(top.definition, Sum) else None
+        found += [top] if parts is None else [leaf for part in parts for leaf in below(part)]
     return found
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resect.graph.atoms import Atom, Axis, Form, coordinates, form, kept_length, leaves, length, root
+from resect.graph.atoms import Atom, Axis, Contest, Form, below, coordinates, form, kept_length, leaves, length, root
 from resect.graph.blocks import Blocks, find_blocks
 from resect.graph.depth import Flow, Sublayer, chained, find_sublayers
-from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Member, Operation, Rivals, Term, Witness
+from resect.graph.groups import Factor, Frame, Frozen, Graph, Group, Loop, Member, Operation, Rivals, Term, Witness
 from resect.graph.vocabulary import VOCABULARY, named_tokens
 
 FUSED = (nn.TransformerEncoderLayer,)
@@ -37,7 +37,9 @@ class Run:
     parameters: Mapping[str, Sequence[Axis]]  # tied ones once, in the order that data reaches them
     buffers: Mapping[str, Sequence[Axis]]  # those that belong to the checkpoint
     operations: Sequence[Operation]
+    loops: Mapping[int, Loop]
     contractions: Sequence[tuple[str, tuple[Axis, ...]]]  # by module
+    contests: Mapping[Contest, Axis]  # what competes
     statistics: Mapping[str, Sequence[Axis]]  # what the normalisations of each module run over
     flow: Flow
     tokens: Mapping[str, Atom]  # the axes of the example text
@@ -50,9 +52,9 @@ def couple(model: nn.Module, run: Run) -> Graph:
     """The graph of a traced network."""
     parameters = run.parameters
     blocks = find_blocks(model, {visit.path: visit.streams for visit in run.flow.visits})
-    found, frozen = _leaves(model, {**parameters, **run.buffers}, run.statistics)
+    found, frozen = _leaves(model, {**parameters, **run.buffers}, run)
     found = {atom: leaf for atom, leaf in found.items() if any(member.parameter in parameters for member in leaf.members)}
-    offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks, model)}
+    offered = {leaf.atom: group for leaf, group in _name(found.values(), blocks, model, run.contests)}
     frozen += [
         Frozen(member.parameter, member.axis, leaf.atom.size, leaf.reason)
         for leaf in found.values()
@@ -86,7 +88,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
         parameters={name: term(axes, name) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
-        witness=Witness(tuple(run.operations), run.example, named, run.fake, frames),
+        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames),
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
 
@@ -109,12 +111,10 @@ def _factor(axis: Axis, offered: Mapping[Atom, Group]) -> Factor:
 
 
 def _under(axis: Sequence[Atom]) -> list[Atom]:
-    return list(dict.fromkeys(_occurrences(axis)))
+    return list(dict.fromkeys(below(axis)))
 
 
-def _leaves(
-    model: nn.Module, parameters: Mapping[str, Sequence[Axis]], statistics: Mapping[str, Sequence[Axis]]
-) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
+def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]], run: Run) -> tuple[dict[Atom, _Leaf], list[Frozen]]:
     found: dict[Atom, _Leaf] = {}
     frozen: list[Frozen] = []
     layouts = _Layouts()
@@ -127,7 +127,7 @@ def _leaves(
             layout = layouts.of(axis)
             for number, atom in enumerate(layout.leaves):
                 if not atom.reason:
-                    own = "" if atom in found else _unfit(model, atom, statistics)
+                    own = "" if atom in found else _unfit(model, atom, run)
                     leaf = found.setdefault(atom, _Leaf(atom))
                     leaf.members.append(Member(name, place, layout.indices[number]))
                     leaf.reason = leaf.reason or _nested(atom, [layout.leaves[other] for other in layout.outer[number]]) or own
@@ -165,17 +165,8 @@ class _Layouts:
 
 def _repeats(axis: Sequence[Atom]) -> bool:
     """Whether a leaf occurs more than once, which may freeze it: that is no matter of the form alone."""
-    found = list(_occurrences(axis))
+    found = list(below(axis))
     return len(found) > len(set(found))
-
-
-def _occurrences(axis: Sequence[Atom]) -> Iterator[Atom]:
-    for top in leaves(axis):
-        parts = getattr(top.definition, "parts", None)
-        if parts is None:
-            yield top
-        for part in parts or ():
-            yield from _occurrences(part)
 
 
 def _index(coordinate: Tensor, units: int) -> Tensor:
@@ -184,9 +175,9 @@ def _index(coordinate: Tensor, units: int) -> Tensor:
     return order[(coordinate < 0).sum() :].view(units, -1)
 
 
-def _unfit(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
+def _unfit(model: nn.Module, atom: Atom, run: Run) -> str:
     """Why a coordinate is not offered, wherever it stands."""
-    return _unused(atom) or _homeless(model, atom, statistics) or _unruly(atom)
+    return _unused(atom) or _homeless(model, atom, run.statistics) or _unruly(atom, run.contests)
 
 
 def _unused(atom: Atom) -> str:
@@ -206,9 +197,14 @@ def _nested(atom: Atom, outer: Sequence[Atom]) -> str:
     for other in outer:
         if "attention" in other.marks:
             return "a part of every head"
-        if not other.reason:
+        if not other.reason and not _is_expert(other):
             return "a part of every unit of another group"
     return ""
+
+
+def _is_expert(atom: Atom) -> bool:
+    """Whether units compete and the winners are looked up by number; the channels of all experts are units themselves."""
+    return "chosen" in atom.marks and bool(atom.contests)
 
 
 def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Axis]]) -> str:
@@ -222,10 +218,10 @@ def _homeless(model: nn.Module, atom: Atom, statistics: Mapping[str, Sequence[Ax
     return ""
 
 
-def _unruly(atom: Atom) -> str:
+def _unruly(atom: Atom, contests: Mapping[Contest, Axis]) -> str:
     """Positions that compete can be cut where the winners are looked up by number: then the losers are never asked."""
     for contest in atom.contests:
-        if "chosen" not in atom.marks or contest.size != atom.size or VOCABULARY in atom.marks:
+        if "chosen" not in atom.marks or VOCABULARY in atom.marks or _competing(atom, contests[contest]) is None:
             return f"positions see each other at {contest.operator} in {contest.module or 'the model'}"
     if VOCABULARY in atom.marks and atom.mixed:
         return f"rows of the vocabulary, over which {next(iter(atom.mixed))} takes a statistic"
@@ -234,7 +230,16 @@ def _unruly(atom: Atom) -> str:
     return ""
 
 
-def _name(found: Iterable[_Leaf], blocks: Blocks, model: nn.Module) -> list[tuple[_Leaf, Group]]:
+def _competing(atom: Atom, axis: Axis) -> Tensor | None:
+    """The positions of the units along an axis over which they compete, one for each: [units, 1]; None if there are others."""
+    coordinate = coordinates(axis).get(atom)
+    index = None if coordinate is None else _index(coordinate, atom.size)
+    return index if index is not None and index.shape[1] == 1 else None
+
+
+def _name(
+    found: Iterable[_Leaf], blocks: Blocks, model: nn.Module, contests: Mapping[Contest, Axis]
+) -> list[tuple[_Leaf, Group]]:
     """The groups that are offered, with unique names that say where they are."""
     named: list[tuple[_Leaf, Group]] = []
     taken: Counter[str] = Counter()
@@ -251,7 +256,8 @@ def _name(found: Iterable[_Leaf], blocks: Blocks, model: nn.Module) -> list[tupl
             stem = ".".join([*commonprefix(places), kind])
         taken[stem] += 1
         name = stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
-        rivals = tuple(Rivals(contest, torch.arange(leaf.atom.size)[:, None]) for contest in leaf.atom.contests)
+        competing = [(contest, _competing(leaf.atom, contests[contest])) for contest in leaf.atom.contests]
+        rivals = tuple(Rivals(contest, index) for contest, index in competing if index is not None)
         least = leaf.atom.least
         tokens = named_tokens(model) if kind == VOCABULARY else {}
         within = {token: field for token, field in tokens.items() if 0 <= token < leaf.atom.size}
@@ -263,7 +269,7 @@ def _name(found: Iterable[_Leaf], blocks: Blocks, model: nn.Module) -> list[tupl
 def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
     if VOCABULARY in atom.marks:
         return VOCABULARY
-    if "chosen" in atom.marks and atom.contests:
+    if _is_expert(atom):
         return "experts"
     if "attention" in atom.marks and (layer is not None or not blocks.count):
         return "heads"

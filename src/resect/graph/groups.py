@@ -114,6 +114,17 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What is done with each of as many rows as the data says.
+
+    `bodies` are the operators of one iteration of each sort, by number; behind the loop, the network goes on at `stop`.
+    """
+
+    stop: int
+    bodies: tuple[range, ...]
+
+
+@dataclass(frozen=True)
 class Frame:
     """The axes of all that a module takes in and puts out, in the order of their leaves; none for what is not a tensor."""
 
@@ -129,6 +140,7 @@ class Witness:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     groups: Mapping[Atom, str]
     fake: bool = True  # whether fake tensors were enough
+    loops: Mapping[int, Loop] = field(default_factory=dict)  # by the number of the operator that took the rows apart
     frames: Mapping[str, Frame] = field(default_factory=dict)  # by module
 
     def fits(self, operation: Operation, found: Sequence[Sequence[int]], kept: Mapping[Atom, int]) -> bool:

@@ -21,6 +21,7 @@ from resect.graph.atoms import (
     Contest,
     Misaligned,
     Sum,
+    below,
     concatenate,
     factor,
     freeze,
@@ -33,9 +34,18 @@ from resect.graph.atoms import (
     reshape,
 )
 from resect.graph.vocabulary import SHAPE_ONLY, Vocabulary
+from resect.graph.zeros import Zeros
 
 Axes = list[Axis]
 """The axes of one tensor, outermost first."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """The number of a position of an axis that indexing has just read out of a tensor, to pick that position."""
+
+    numbers: Axis
+    value: int
 
 
 @dataclass
@@ -52,6 +62,12 @@ class Call:
     numbers: dict[int, Axis] = field(default_factory=dict)
     statistics: dict[str, list[Axis]] = field(default_factory=dict)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    zeros: Zeros = field(default_factory=Zeros)
+    chosen: dict[int, Axis] = field(default_factory=dict)  # what was put into zeros by number, by result
+    told: Told | None = None
+    masks: dict[int, tuple[Axis, int]] = field(default_factory=dict)  # where numbers are that of one position
+    contests: dict[Contest, Axis] = field(default_factory=dict)
+    function: str = ""  # of torch, as the network called it
     turn: int = 0  # how many operators of this name its module has run before
 
     @property
@@ -74,6 +90,19 @@ class Call:
         """The axis whose positions the values of an integer tensor are, where that is known."""
         return self.numbers.get(id(tensor))
 
+    def singled_out(self) -> tuple[Axis, int] | None:
+        """The axis of the numbers that are compared with the number of one of its positions, and that position."""
+        numbers, position = self.numbers_of(self.args[0]) if self.args else None, self.arg(1, "other")
+        single = self.name == "aten.eq" and numbers is not None and type(position) is int and 0 <= position < length(numbers)
+        return (numbers, position) if single and numbers is not None else None
+
+    def put_first(self) -> tuple[Axis, int] | None:
+        """The same where numbers of the last position are replaced by that of the first."""
+        numbers, mask = self.numbers_of(self.args[0]), self.masks.get(id(self.args[1]))
+        if numbers is None or mask is None or self.arg(2, "value") != 0 or isinstance(self.arg(2, "value"), Tensor):
+            return None
+        return mask if leaves(mask[0]) == leaves(numbers) and mask[1] == length(numbers) - 1 > 0 else None
+
     def mix(self, axis: Axis) -> None:
         """Notes that the running module takes a statistic over an axis."""
         where = self.where or "the model"
@@ -82,8 +111,11 @@ class Call:
 
     def before(self) -> Axis:
         """What an operator that takes a run of positions out of an axis leaves out in front of it."""
+        if id(self.outputs[0]) in self.masks:
+            numbers, position = self.masks[id(self.outputs[0])]
+            return narrow(numbers, 0, position)
         run = run_of_positions(self.name, self.args, self.kwargs)
-        if run is None or not run[1]:
+        if self.name == "aten.eq" or run is None or not run[1]:
             return ()
         dim, start = run
         try:
@@ -109,8 +141,15 @@ NUMBERED = frozenset(
 LOOKUPS = frozenset(
     f"aten.{name}"
     for name in ("index", "gather", "index_select", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_")
+    + ("index_add", "index_add_")
 )
 """Operators that take numbers of positions for what they are."""
+
+JOINED = ("aten.cat", "aten.concatenate")
+"""Operators that put numbers of positions side by side."""
+
+CHECKS = ("aten.aminmax", "aten.min", "aten.max")
+"""Operators with which `one_hot`, told how many classes there are, only makes sure that no number is beyond them."""
 
 VIEWS = frozenset(
     f"aten.{name}"
@@ -165,7 +204,11 @@ def apply(call: Call, overload: Any) -> list[Axes]:
 
 def _watch_numbers(call: Call) -> None:
     """What is chosen by number may only be looked up: an operator that computes with the numbers keeps all that they count."""
-    if call.name in NUMBERED or call.name in LOOKUPS:
+    if call.name in NUMBERED or call.name in LOOKUPS or call.name in JOINED:
+        return
+    if call.function == "one_hot" and call.name in CHECKS or call.singled_out():
+        return
+    if call.name == "aten.masked_fill" and call.put_first():
         return
     for tensor in call.tensors():
         if (numbers := call.numbers_of(tensor)) is not None:
@@ -185,6 +228,8 @@ def _watch_text(call: Call) -> None:
 
 def run_of_positions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """The axis that an operator takes a run of positions from, and where the run starts; None for other operators."""
+    if name == "aten.eq":
+        return 0, args[1]
     if name == "aten.index":
         run = _constant_run(args[1], args[0].shape)
         return run and run[:2]
@@ -231,7 +276,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.contiguous")
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
-@op_rule("aten.masked_fill", "aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
+@op_rule("aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
 @op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
@@ -249,6 +294,30 @@ def pointwise(call: Call) -> list[Axes]:
                     call.link(axes[place], axis)
         results.append([axis if length(axis) == size else fresh(size) for axis, size in zip(axes, output.shape, strict=True)])
     return results
+
+
+@op_rule("aten.eq")
+def equal(call: Call) -> list[Axes]:
+    """Whether positions are equal; numbers may be compared with that of one position, which then is one by itself."""
+    if (single := call.singled_out()) is not None:
+        numbers, position = single
+        try:
+            narrow(numbers, position, position + 1)
+            call.masks[id(call.outputs[0])] = single
+        except Misaligned:
+            freeze(numbers, f"numbers of positions are used at {call.site}")
+    return pointwise(call)
+
+
+@op_rule("aten.masked_fill")
+def masked_fill(call: Call) -> list[Axes]:
+    """Positions with another value; numbers of the last position may become that of the first, which then has to stay."""
+    if (first := call.put_first()) is not None:
+        numbers, last = first
+        left = narrow(numbers, 0, last)
+        narrow(left, 0, 1)
+        call.numbers[id(call.outputs[0])] = left
+    return pointwise(call)
 
 
 @op_rule("aten.full", "aten.zeros", "aten.ones", "aten.empty", "aten.scalar_tensor", "aten.new_zeros", "aten.new_ones")
@@ -366,7 +435,10 @@ def select(call: Call) -> list[Axes]:
     axes = _input(call)
     dim = call.arg(1, "dim") % len(axes)
     axis, size = axes.pop(dim), call.args[0].shape[dim]
-    _pick(call, axis, call.arg(2, "index") % size)
+    if call.told is not None and call.told.value == call.arg(2, "index"):
+        _look_up(call, axis, call.told.numbers)
+    else:
+        _pick(call, axis, call.arg(2, "index") % size)
     return [axes]
 
 
@@ -389,13 +461,23 @@ def split(call: Call) -> list[Axes]:
     at = 0
     for output in call.outputs:
         stop = at + output.shape[dim]
-        results.append([*axes[:dim], narrow(axes[dim], at, stop), *axes[dim + 1 :]])
+        results.append([*axes[:dim], _segment(call, axes[dim], at, stop), *axes[dim + 1 :]])
         at = stop
     if isinstance(call.arg(1, "split_size"), int):
         for part in results[1:]:
             if length(part[dim]) == length(results[0][dim]):
                 call.link(results[0][dim], part[dim])
     return results
+
+
+def _segment(call: Call, axis: Axis, start: int, stop: int) -> Axis:
+    """A run of positions of an axis, which is kept whole where the run cannot be followed."""
+    try:
+        return narrow(axis, start, stop)
+    except Misaligned as problem:
+        reason = f"{problem} at {call.site}"
+        freeze(axis, reason)
+        return fresh(stop - start, reason)
 
 
 @op_rule("aten.unbind")
@@ -432,7 +514,21 @@ def cat(call: Call) -> list[Axes]:
             if place != dim:
                 call.link(axes[place], axis)
     axes[dim] = concatenate([call.axes_of(tensor)[dim] for tensor in tensors])
+    _count_together(call, tensors, dim)
     return [axes]
+
+
+def _count_together(call: Call, tensors: Sequence[Tensor], dim: int) -> None:
+    """Numbers of positions of one axis side by side are still that: so many are chosen at a time, and have to stay."""
+    numbers = [call.numbers_of(tensor) for tensor in tensors]
+    if first := next(filter(None, numbers), None):
+        for other in numbers:
+            if other is None or leaves(other) != leaves(first):
+                for given in filter(None, numbers):
+                    freeze(given, f"numbers of different positions meet at {call.site}")
+                return
+        mark(first, least=min(length(first), sum(tensor.shape[dim] for tensor in tensors)))
+        call.numbers[id(call.outputs[0])] = first
 
 
 @op_rule("aten.stack")
@@ -553,11 +649,24 @@ def embedding(call: Call) -> list[Axes]:
 def _looked_up(call: Call, axis: Axis, index: Tensor) -> None:
     """An axis indexed by data: chosen from, where the numbers are known to be its positions, else kept whole."""
     numbers = call.numbers_of(index)
-    if numbers is None or length(numbers) != length(axis):
-        freeze((*axis, *(numbers or ())), f"positions are looked up at {call.site}")
+    if numbers is None:
+        freeze(axis, f"positions are looked up at {call.site}")
     else:
-        call.link(axis, numbers)
-        mark(axis, label="chosen")
+        _look_up(call, axis, numbers)
+
+
+def _look_up(call: Call, axis: Axis, numbers: Axis) -> None:
+    """Positions chosen by number. What no number reaches is kept, and so is what has a number beyond the end, an error if met."""
+    reached = min(length(axis), length(numbers))
+    try:
+        for given in (axis, numbers):
+            if reached < length(given):
+                freeze(narrow(given, reached, length(given)), f"positions are looked up among others at {call.site}")
+        axis, numbers = narrow(axis, 0, reached), narrow(numbers, 0, reached)
+    except Misaligned:
+        freeze((*axis, *numbers), f"positions are looked up at {call.site}")
+    call.link(axis, numbers)
+    mark(axis, label="chosen")
 
 
 @op_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
@@ -768,8 +877,20 @@ def statistic(call: Call) -> list[Axes]:
     return _reduce(call, axes, call.arg(place, "dim"), call.mix)
 
 
-@op_rule("aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod")
-@op_rule("aten.any", "aten.all", "aten.logsumexp")
+@op_rule("aten.sum")
+def total(call: Call) -> list[Axes]:
+    """A sum over an axis, which is kept whole, but for units that are chosen by number and add zero where they are masked."""
+    axes, reason = _input(call), f"reduced over at {call.site}"
+    zero = call.zeros.along(call.args[0], axes)
+
+    def note(axis: Axis) -> None:
+        freeze([leaf for leaf in below(axis) if leaf not in zero or "chosen" not in leaf.marks], reason)
+        mark(axis, label="summed")
+
+    return _reduce(call, axes, call.arg(1, "dim"), note)
+
+
+@op_rule("aten.amin", "aten.min", "aten.argmin", "aten.prod", "aten.any", "aten.all", "aten.logsumexp")
 def reduction(call: Call) -> list[Axes]:
     """A reduction that zeroed positions would still take part in: the axis is kept whole."""
     reason = f"reduced over at {call.site}"
@@ -786,7 +907,9 @@ def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> 
 
 
 def _contest(call: Call, axis: Axis, dim: int, least: int = 1) -> None:
-    mark(axis, contest=Contest(call.where, call.name, call.turn, dim, length(axis)), least=least)
+    contest = Contest(call.where, call.name, call.turn, dim, length(axis))
+    call.contests[contest] = axis
+    mark(axis, contest=contest, least=least)
 
 
 @op_rule("aten._softmax", "aten.softmax", "aten._safe_softmax")
@@ -810,17 +933,58 @@ def topk(call: Call) -> list[Axes]:
     return [list(axes), list(axes)]
 
 
+@op_rule("aten.max", "aten.amax", "aten.argmax")
+def largest(call: Call) -> list[Axes]:
+    """The largest position of an axis, or its number: a choice of one."""
+    axes, dims = _input(call), _dims(call, call.arg(1, "dim"), call.args[0].ndim)
+    if len(dims) != 1 or not call.args[0].is_floating_point():
+        return reduction(call)
+    _contest(call, axes[dims[0]], dims[0])
+    if call.name != "aten.amax":
+        call.numbers[id(call.outputs[-1])] = axes[dims[0]]
+    return _reduce(call, axes, dims, lambda axis: None)
+
+
 @op_rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_")
 def scatter(call: Call) -> list[Axes]:
     """Values put at numbered positions of one axis; the other axes pairwise."""
     axes, dim, index = _input(call), call.arg(1, "dim"), call.arg(2, "index")
     dim %= len(axes)
+    nothing = call.zeros.nothing(call.args[0])
     _looked_up(call, axes[dim], index)
     for tensor in call.tensors()[1:]:
         for place, axis in enumerate(call.axes_of(tensor)):
             if place != dim:
                 call.link(axes[place], axis)
+    if nothing and (numbers := call.numbers_of(index)) is not None:
+        call.chosen[id(call.outputs[0])] = numbers
     return [axes]
+
+
+@op_rule("aten.index_add", "aten.index_add_")
+def index_add(call: Call) -> list[Axes]:
+    """Values added at numbered positions of one axis; the other axes pairwise."""
+    axes, dim, given = _input(call), call.arg(1, "dim"), call.axes_of(call.arg(3, "source"))
+    dim %= len(axes)
+    _looked_up(call, axes[dim], call.arg(2, "index"))
+    freeze(given[dim], f"positions are looked up at {call.site}")
+    for place, axis in enumerate(given):
+        if place != dim:
+            call.link(axes[place], axis)
+    return [axes]
+
+
+@op_rule("aten.nonzero")
+def nonzero(call: Call) -> list[Axes]:
+    """The numbers of the positions that are not zero, as many as the data says; masked units must not be among them."""
+    axes, output = _input(call), call.outputs[0]
+    reason = f"as many as the data says at {call.site}"
+    zero = call.zeros.along(call.args[0], axes) if len(axes) == 1 else frozenset()
+    for axis in axes:
+        freeze([leaf for leaf in below(axis) if leaf not in zero], reason)
+    if len(axes) == 1:
+        call.numbers[id(output)] = axes[0]
+    return [[fresh(size, reason) for size in output.shape]]
 
 
 @op_rule("aten.index_put", "aten._unsafe_index_put")

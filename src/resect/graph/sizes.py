@@ -6,7 +6,7 @@ plain numbers; here the numbers keep the axis they come from until they are used
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 from resect.graph.atoms import Axis, Misaligned, factor, freeze, join, leaves, length, narrow
 
 VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
+
+
+LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
 class Size(int):
@@ -61,16 +64,28 @@ class Size(int):
 
 
 class Sizes(TorchFunctionMode):
-    """Hands out sizes that remember their axis, and unites the axes of what is made with them."""
+    """Hands out sizes that remember their axis, and unites the axes of what is made with them.
 
-    def __init__(self, axes_of: Callable[[Tensor], Sequence[Axis] | None]) -> None:
+    `running` is the function of torch that the network called last and that is not done; `leaves` is called with tensors
+    whose values go to code that no operator shows.
+    """
+
+    def __init__(self, axes_of: Callable[[Tensor], Sequence[Axis] | None], leaves: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._axes_of = axes_of
+        self._leaves = leaves
+        self.running = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one function."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        before, self.running = self.running, _name(func, args, kwargs)
+        try:
+            if func in LEAVING:
+                self._leaves(args[0])
+            result = func(*args, **kwargs)
+        finally:
+            self.running = before
         if func is Tensor.size or getattr(func, "__self__", None) is Tensor.shape:
             return self._remembered(args[0], result, args[1] if len(args) > 1 else kwargs.get("dim"))
         if func in VIEWS:
@@ -101,6 +116,13 @@ class Sizes(TorchFunctionMode):
         stream, inner = self._axes_of(query), self._axes_of(projection)
         if stream is not None and inner is not None:
             _unite(stream[-1], narrow(inner[0], 0, length(stream[-1])))
+
+
+def _name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The name of a function; one that counts for itself how many classes there are is no `one_hot` whose size is known."""
+    name: str = getattr(func, "__name__", "")
+    classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+    return "" if name == "one_hot" and classes < 0 else name
 
 
 def _whole(axes: Sequence[Axis], place: int, parts: int) -> Axis:

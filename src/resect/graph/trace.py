@@ -7,6 +7,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from typing import Any
 
@@ -19,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
 from resect.graph import rules
-from resect.graph.atoms import Atom, Axis, freeze, fresh, kept_length, length, mark
+from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
-from resect.graph.groups import Frame, Graph, Operation
+from resect.graph.groups import Frame, Graph, Loop, Operation
 from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
+from resect.graph.zeros import Zeros, memory
 
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
@@ -40,6 +43,9 @@ EXPERTS = "_experts_implementation_internal"
 
 PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that looks at the text to warn, and computes nothing."""
+
+TELLING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
+"""Operators that put out plain values."""
 
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
@@ -68,7 +74,7 @@ def retrace(model: nn.Module, graph: Graph) -> Graph:
 
 
 def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
-    recorder = Recorder({id(module): name for name, module in model.named_modules()})
+    recorder = Recorder({id(module): name for name, module in model.named_modules()}, fake=fake)
     mode = _fake_mode() if fake else None
     with mode or nullcontext(), torch.no_grad():
         state = {name: _fake(tensor) if fake else _real(tensor) for name, tensor in _state(model)}
@@ -83,7 +89,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     if not fake:
         recorder.vocabulary.refuse("the network's code looks at the values of tensors")
     try:
-        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder, Sizes(recorder.known):
+        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder, recorder.functions:
             output = torch.func.functional_call(model, state, args, kwargs)
     except Exception as problem:
         if fake and any(type(cause).__name__ in DATA_DEPENDENT for cause in _causes(problem)):
@@ -104,7 +110,9 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         {name: parameters[name] for name in names},
         buffers,
         recorder.operations,
+        {rows.number: loop for rows in recorder.loops if (loop := rows.loop(recorder.operations))},
         recorder.contractions,
+        recorder.contests,
         recorder.statistics,
         recorder.flow,
         recorder.tokens,
@@ -150,6 +158,7 @@ class Replay:
             try:
                 with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
                     torch.func.functional_call(model, state, args, kwargs)
+                replayer.end()
             except Exception as problem:
                 return replayer.reached, replayer.where, str(problem).splitlines()[0] if str(problem) else repr(problem)
         return inf, "", ""
@@ -210,6 +219,12 @@ class Watcher(TorchDispatchMode):
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Called with every operator and the tensors it put out."""
 
+    def seen_empty(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Called with every operator that put out tensors without positions."""
+
+    def told(self, args: tuple[Any, ...], value: Any) -> None:
+        """Called with what an operator took in and the plain value it put out."""
+
     def entered(self, path: str) -> None:
         """Called when a module begins."""
 
@@ -221,10 +236,14 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         outputs = _tensors(result)
+        if func in TELLING:
+            self.told(args, result)
         if any(output.numel() for output in outputs):
             name = func.overloadpacket._qualified_op_name.replace("::", ".")
             self.seen(name, args, kwargs, func, outputs)
             self.turns[self.where][name] += 1
+        elif outputs:
+            self.seen_empty(func.overloadpacket._qualified_op_name.replace("::", "."), args, kwargs, func, outputs)
         return result
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
@@ -253,8 +272,16 @@ class Replayer(Watcher):
         super().__init__(names)
         self.reached = 0
         inside = tuple(f"{path}." for path in gone)
-        left = (operation for operation in graph.witness.operations if not gone or not f"{operation.where}.".startswith(inside))
-        self._operations = list(left) if gone else graph.witness.operations
+        left = [
+            number
+            for number, operation in enumerate(graph.witness.operations)
+            if not gone or not f"{operation.where}.".startswith(inside)
+        ]
+        self._expected = left
+        self._next = 0
+        self._loop: Loop | None = None
+        self._times = 0
+        self._bodies: list[range] = []
         self._witness = graph.witness
         self._kept = kept
         self._blocks = graph.blocks
@@ -265,17 +292,56 @@ class Replayer(Watcher):
         """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
         if name in UNSEEN or self.where in self._ignored:
             return
+        if self._bodies:
+            self._iterate(name, args, kwargs, func, outputs)
+            return
         problem = f"{name} runs where nothing ran before"
-        for number in range(self.reached, len(self._operations)):
-            operation = self._operations[number]
+        for place in range(self._next, len(self._expected)):
+            number = self._expected[place]
+            operation = self._witness.operations[number]
+            loop = self._witness.loops.get(number)
+            if loop and operation.name == name:
+                self._begin(loop, place, len(outputs))
+                return
             disagreement = self._disagreement(operation, name, args, kwargs, func, outputs)
             if not disagreement:
-                self.reached = number + 1
+                self._next, self.reached = place + 1, max(self.reached, number + 1)
                 return
-            problem = problem if number > self.reached else disagreement
+            problem = problem if place > self._next else disagreement
             if not self._gone or self._blocks.layer_of(operation.where) is not None:
                 break  # what the network did outside of its blocks for blocks that are gone may be gone, too
         raise ModelError(problem)
+
+    def seen_empty(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """What the data leaves nothing to do for counts like anything else."""
+        if not self._witness.fake:
+            self.seen(name, args, kwargs, func, outputs)
+
+    def end(self) -> None:
+        """Raises where the dense run went on."""
+        if self._next < len(self._expected) and not self._gone:
+            operation = self._witness.operations[self._expected[self._next]]
+            raise ModelError(f"nothing runs where {operation.name} ran before")
+
+    def _begin(self, loop: Loop, place: int, times: int) -> None:
+        """Expects, for each of the rows that there are now, what was done with any row."""
+        self.reached = max(self.reached, self._expected[place] + 1)
+        self._next = place + sum(number < loop.stop for number in self._expected[place:])
+        self._loop, self._times, self._bodies = loop, times, list(loop.bodies)
+
+    def _iterate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Follows the iterations that agree so far."""
+        assert self._loop is not None
+        operations = [self._witness.operations[body[0]] for body in self._bodies]
+        found = [self._disagreement(operation, name, args, kwargs, func, outputs) for operation in operations]
+        fitting = [body for body, disagreement in zip(self._bodies, found, strict=True) if not disagreement]
+        if not fitting:
+            raise ModelError(found[0])
+        self.reached = max(self.reached, fitting[0][0] + 1)
+        self._bodies = [body[1:] for body in fitting]
+        if not all(self._bodies):
+            self._times -= 1
+            self._bodies = list(self._loop.bodies) if self._times else []
 
     def _disagreement(
         self, operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]
@@ -285,7 +351,8 @@ class Replayer(Watcher):
         found = [tuple(output.shape) for output in outputs]
         if not self._witness.fits(operation, found, self._kept):
             return f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}"
-        if (constants := _constants(args, kwargs, func)) != operation.constants:
+        constants = () if name == "aten.eq" and operation.before else _constants(args, kwargs, func)
+        if constants != operation.constants:
             return f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size"
         if operation.before:
             start = rules.run_of_positions(name, args, kwargs)
@@ -295,11 +362,37 @@ class Replayer(Watcher):
         return ""
 
 
+@dataclass
+class _Rows:
+    """The rows that an operator took apart, by identity, and the operators at which each was used first."""
+
+    number: int
+    rows: dict[int, int]
+    starts: list[int] = field(default_factory=list)
+
+    def loop(self, operations: Sequence[Operation]) -> Loop | None:
+        """The iterations over them, each by what is done in it, if that shows where the last one ends."""
+        if len(self.starts) < 2 or len(self.starts) < len(self.rows) or self.starts[0] != self.number + 1:
+            return None
+        bodies: dict[tuple[Any, ...], range] = {}
+        for start, stop in pairwise(self.starts):
+            bodies.setdefault(_done(operations, range(start, stop)), range(start, stop))
+        last = self.starts[-1]
+        ends = [last + len(body) for done, body in bodies.items() if _done(operations, range(last, last + len(body))) == done]
+        return Loop(max(ends), tuple(bodies.values())) if ends else None
+
+
+def _done(operations: Sequence[Operation], body: range) -> tuple[Any, ...]:
+    """What operators do, but for the shapes of their results."""
+    return tuple((one.name, one.where, one.constants) for one in operations[body.start : body.stop])
+
+
 class Recorder(Watcher):
     """Keeps the axes of every tensor seen while the network runs."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], *, fake: bool) -> None:
         super().__init__(names)
+        self._fake = fake
         self.operations: list[Operation] = []
         self.contractions: list[tuple[str, tuple[Axis, ...]]] = []
         self.used: dict[int, None] = {}
@@ -307,6 +400,7 @@ class Recorder(Watcher):
         self.flow = Flow()
         self.tokens: dict[str, Atom] = {}
         self.vocabulary = Vocabulary()
+        self.zeros = Zeros()
         self.frames: dict[str, Frame] = {}
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
@@ -314,11 +408,18 @@ class Recorder(Watcher):
         self._written: dict[int, int] = {}
         self._starts: list[int] = []
         self._count = 0
+        self._counted: set[int] = set()
+        self._told: rules.Told | None = None
+        self.functions = Sizes(self.known, self._left_tensors)
+        self.loops: list[_Rows] = []
+        self.contests: dict[Contest, Axis] = {}
+        self._masks: dict[int, tuple[Axis, int]] = {}
 
     def parameter(self, tensor: Tensor) -> rules.Axes:
         """Gives a parameter axes of its own."""
         axes = [fresh(size) for size in tensor.shape]
         self._axes[id(tensor)] = (tensor, axes)
+        self.zeros.masked(tensor, axes)
         return axes
 
     def inputs(self, tensors: Sequence[Tensor]) -> None:
@@ -340,6 +441,7 @@ class Recorder(Watcher):
 
     def outputs(self, value: Any) -> None:
         """Keeps whole whatever the network puts out, but for the positions of logits that go with rows of the vocabulary."""
+        self._forget()
         tensors = _tensors(value)
         self.flow.results.update(number for tensor in tensors for number in self._values_of(tensor))
         if any(self.vocabulary.holds(tensor) for tensor in tensors):
@@ -364,8 +466,12 @@ class Recorder(Watcher):
         inputs = _tensors([args, kwargs])
         self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
-        call.numbers, call.statistics, call.vocabulary = self._numbers, self.statistics, self.vocabulary
-        call.turn = self.turns[self.where][name]
+        call.numbers, call.statistics, call.vocabulary, call.zeros = self._numbers, self.statistics, self.vocabulary, self.zeros
+        call.masks, call.contests = self._masks, self.contests
+        call.turn, call.function = self.turns[self.where][name], self.functions.running
+        call.told, self._told = self._told, None
+        if call.told is not None and (name != "aten.select" or args[2] != call.told.value):
+            freeze(call.told.numbers, f"numbers of positions leave the tensors in {self.where or 'the model'}")
         contractions = len(self.contractions)
         found = rules.apply(call, func)
         taken = tuple(value for tensor in inputs for value in self._values_of(tensor))
@@ -374,12 +480,62 @@ class Recorder(Watcher):
             self._axes[id(tensor)] = (tensor, axes)
             self._values[id(tensor)] = self._new_value()
             if func._schema.is_mutable:
-                self._written[_memory(tensor)] = self._values[id(tensor)]
+                self._written[memory(tensor)] = self._values[id(tensor)]
+                self.zeros.wrote(tensor)
+        self.zeros.follow(name, args, zip(outputs, found, strict=True), self.axes_of)
+        for tensor, axes in zip(outputs, found, strict=True):
+            if id(tensor) in call.chosen:
+                self.zeros.chosen(tensor, axes, call.chosen[id(tensor)])
         given = tuple(self._values[id(tensor)] for tensor in outputs)
         self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
         if name not in UNSEEN:
-            constants = _constants(args, kwargs, func)
+            self._begin_row(args)
+            self._take_apart(name, args, outputs)
+            constants = () if name == "aten.eq" and before else _constants(args, kwargs, func)
             self.operations.append(Operation(name, self.where, tuple(map(tuple, found)), constants, before))
+
+    def seen_empty(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Notes what the data left nothing to do for: another time there may be something."""
+        if not self._fake and name not in UNSEEN:
+            axes = tuple(tuple(fresh(size, "nothing to see") for size in output.shape) for output in outputs)
+            self.operations.append(Operation(name, self.where, axes, _constants(args, kwargs, func)))
+
+    def told(self, args: tuple[Any, ...], value: Any) -> None:
+        """Numbers of positions that become plain numbers: indexing has read them to pick these positions, or they are lost."""
+        self._begin_row(args)
+        numbers = next((self._numbers[id(given)] for given in _tensors(args) if id(given) in self._numbers), None)
+        if numbers is None:
+            return
+        self._forget()
+        self._told = rules.Told(numbers, value)
+        if self.functions.running != "__getitem__":
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keeps whole what a number counts that nothing has picked."""
+        if self._told is not None:
+            freeze(self._told.numbers, f"numbers of positions leave the tensors in {self.where or 'the model'}")
+        self._told = None
+
+    def _left_tensors(self, tensor: Tensor) -> None:
+        """Keeps whole what a list of values is about: nothing shows what becomes of it."""
+        for axis in (*self.axes_of(tensor), self._numbers.get(id(tensor), ())):
+            freeze(axis, f"values leave the tensors in {self.where or 'the model'}")
+
+    def _take_apart(self, name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        """Notes where as many rows as the data says are taken apart, to go through them."""
+        if name == "aten.nonzero":
+            self._counted.add(id(outputs[0]))
+        if name == "aten.unbind" and id(args[0]) in self._counted and not (args[1:] and args[1]):
+            self.loops.append(_Rows(len(self.operations), {id(output): place for place, output in enumerate(outputs)}))
+
+    def _begin_row(self, args: tuple[Any, ...]) -> None:
+        """Notes where the next row is used first: there its iteration begins."""
+        if self.loops:
+            loop = self.loops[-1]
+            places = [loop.rows[id(tensor)] for tensor in _tensors(args) if id(tensor) in loop.rows]
+            if len(loop.starts) in places:
+                loop.starts.append(len(self.operations))
 
     def entered(self, path: str) -> None:
         """Notes where in the flow of data a module begins."""
@@ -421,7 +577,7 @@ class Recorder(Watcher):
     def _values_of(self, tensor: Tensor) -> tuple[int, ...]:
         """The number of a tensor's value, and of the last one written into its memory through another view of it."""
         value = self._values.setdefault(id(tensor), self._new_value())
-        written = self._written.get(_memory(tensor), value)
+        written = self._written.get(memory(tensor), value)
         return (value,) if written == value else (value, written)
 
 
@@ -436,11 +592,6 @@ def _constants(args: tuple[Any, ...], kwargs: dict[str, Any], func: Any) -> tupl
     """The numbers that an operator computes with: of element-wise ones all, of others those that are no sizes."""
     kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
     return tuple(value for value in (*args, *kwargs.values()) if type(value) in kinds)
-
-
-def _memory(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
 
 
 def _is_text(tensor: Tensor) -> bool:

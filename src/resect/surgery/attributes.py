@@ -145,8 +145,8 @@ class Search:
         if reaches and max(reaches) < reached:
             self.limit = TORN
         for count in range(1, most + 1):
-            for depth in range(len(path), -1, -1):
-                roles = list(dict.fromkeys(_candidates(self.model, self.blocks, ".".join(path[:depth]), self.groups)))
+            for place in self._places(path):
+                roles = list(dict.fromkeys(_candidates(self.model, self.blocks, place, self.groups)))
                 if count > 1:  # a module that reads its configuration while it runs reads one number at a time
                     roles = [role for role in roles if not role.attribute.startswith("config.")]
                 better = []
@@ -180,6 +180,12 @@ class Search:
             alone = [(choice,) for values in choices for choice in values] if len(choices) > 1 else []
             for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
                 yield {**found, where: {**known, **dict(chosen)}}
+
+    def _places(self, path: list[str]) -> list[str]:
+        """A module, those around it, and those right inside it: another method of theirs may run as a part of it."""
+        around = [".".join(path[:depth]) for depth in range(len(path), -1, -1)]
+        inside = [".".join([*path, name]) for name, _ in self.model.get_submodule(around[0]).named_children()]
+        return around + inside
 
     def _needed(self, found: Attributes, trial: Attributes) -> Attributes:
         """A trial without what it gets as far without: another number may have the same size by chance."""
@@ -244,12 +250,14 @@ def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attribu
     found: Attributes = {}
     for group, count in groups:
         for path in {member.parameter.rpartition(".")[0] for member in group.members if group.kind == "experts"}:
-            module = model.get_submodule(path)
-            sizes = [size for parameter in module.parameters(recurse=False) for size in parameter.shape]
-            if sizes.count(group.units) == len(list(module.parameters(recurse=False))):
-                found[path] = {
-                    name: count for name, value in _integers(module) if value == group.units and not name.startswith("config.")
-                }
+            own = dict(model.get_submodule(path).named_parameters(recurse=False))
+            inside = [member for member in group.members if member.parameter.rpartition(".")[0] == path]
+            weights = [member for member in inside if member.parameter.rpartition(".")[2] in own]
+            sizes = {own[member.parameter.rpartition(".")[2]].shape[member.axis] for member in weights}  # some may always stay
+            if len(sizes) == 1 and len(weights) == len(own) and {member.index.shape[1] for member in weights} == {1}:
+                size = sizes.pop()
+                values = [name for name, value in _integers(model.get_submodule(path)) if value == size]
+                found[path] = {name: size - group.units + count for name in values if not name.startswith("config.")}
     return found
 
 
