@@ -97,6 +97,8 @@ class Search:
     where: str = ""
     problem: str = ""
     known: dict[str, tuple[float, str]] = field(default_factory=dict)
+    supposed: set[tuple[str, str]] = field(default_factory=set)
+    """Modules and attributes of theirs that were set because likes of theirs had to have them set."""
 
     def run(self, attributes: Attributes) -> tuple[float, str]:
         """How many operators of the cut network agree with the coupling, and where the first one does not; inf when all do."""
@@ -174,12 +176,13 @@ class Search:
         for depth in range(len(path), -1, -1):
             where = ".".join(path[:depth])
             known, resized = found.get(where, {}), _resized(self.model.get_submodule(where), sizes)
+            known = {name: value for name, value in known.items() if (where, name) not in self.supposed}
             if any(known.get(name, values[0]) not in values for name, values in resized.items()):
                 self.limit = TORN
             choices = [[(name, value) for value in values] for name, values in resized.items() if name not in known]
             alone = [(choice,) for values in choices for choice in values] if len(choices) > 1 else []
             for chosen in [*islice(product(*choices), AT_ONCE**3), *alone] if choices else []:
-                yield {**found, where: {**known, **dict(chosen)}}
+                yield {**found, where: {**found.get(where, {}), **dict(chosen)}}
 
     def _places(self, path: list[str]) -> list[str]:
         """A module, those around it, and those right inside it: another method of theirs may run as a part of it."""
@@ -204,6 +207,7 @@ class Search:
                     if role.attribute == name:
                         wider = _apply(self.census, self.blocks, role, self.groups, trial)
                         if wider[where][name] == values[name] and self.run(wider)[0] >= self.run(trial)[0]:
+                            self.supposed |= {(path, name) for path in wider if wider[path] != trial.get(path)}
                             trial = wider
                             break
         return trial
