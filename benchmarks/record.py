@@ -16,6 +16,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ KEYS = ("share", "kept", "criterion", "layout", "settings", "seed")
 """What tells the rows of a table apart."""
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """What is asked of every benchmark that measures quality: model, evaluation texts, calibration."""
+def options(description: str | None, *, bf16: bool = False) -> argparse.ArgumentParser:
+    """What is asked of every benchmark that measures quality: model, evaluation texts, calibration; of some, `--bf16`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--wikitext", required=True, help="WikiText-2 test, raw")
@@ -37,7 +38,14 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=42)
+    if bf16:
+        parser.add_argument("--bf16", action="store_true", help="what torch.autocast deems safe is computed in bfloat16")
     return parser
+
+
+def computing(bf16: bool) -> AbstractContextManager[Any]:
+    """Whether networks compute in bfloat16 where torch.autocast deems it safe; weights may change meanwhile."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, environment, options, write
+from record import RESULTS, computing, environment, options, write
 
 import resect
 from resect.calibration import evaluation_tokens
@@ -59,7 +59,8 @@ class Table:
 
     def row(self, way: str, keep: float, seed: int, model: Any, **facts: Any) -> None:
         """Measures a model."""
-        values = {key: perplexity(model, tokens, window=window).value for key, (tokens, window) in self.texts.items()}
+        with computing(self.asked.bf16):
+            values = {key: perplexity(model, tokens, window=window).value for key, (tokens, window) in self.texts.items()}
         dense, before = self.found("dense", 1.0, self.asked.seed), self.found("untrained", keep, seed)
         if dense and before:
             for key, value in values.copy().items():
@@ -84,7 +85,7 @@ def pruned(table: Table, keep: float) -> Path:
         model = resect.load(asked.model)
         result = resect.prune(
             model, table.tokenizer, keep=keep, layout="per-layer", data=asked.calibration, samples=asked.samples,
-            length=asked.length, seed=asked.seed,
+            length=asked.length, seed=asked.seed, settings={"bf16": asked.bf16},
         )
         resect.save(result.model, place, tokenizer=table.tokenizer, plan=result.plan)
     return place
@@ -103,7 +104,7 @@ def trained(table: Table, way: str, keep: float, seed: int) -> None:
         if "mixture" in settings:
             settings["distillation"] = MEASURE_ONLY
         rate = asked.full_rate if settings.get("full") else asked.rate
-        settings |= {"batch": asked.batch, **({"learning_rate": rate} if rate else {})}
+        settings |= {"batch": asked.batch, "bf16": asked.bf16, **({"learning_rate": rate} if rate else {})}
         found = recover(
             model, table.tokenizer, data=data, settings=Recovery(length=256, **settings), teacher=teacher, seed=seed,
             progress=Path(asked.work) / f"{way}-{keep:g}-{seed}", resume=True, say=print,
@@ -114,7 +115,7 @@ def trained(table: Table, way: str, keep: float, seed: int) -> None:
 
 def main() -> None:
     """Runs the table."""
-    parser = options(__doc__)
+    parser = options(__doc__, bf16=True)
     parser.add_argument("--sources", nargs="+", required=True, help="texts that mixtures are made of")
     parser.add_argument("--only", nargs="*", default=list(WAYS), help="names of settings, as in this file")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.5])

@@ -15,12 +15,11 @@ import json
 import os
 import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, environment, options, write
+from record import RESULTS, computing, environment, options, write
 
 import resect
 from resect.calibration import calibrate, evaluation_tokens
@@ -223,16 +222,15 @@ def _reachable(share: float, shots: int, least: float) -> bool:
 
 def main() -> None:
     """Runs the table."""
-    parser = options(__doc__)
+    parser = options(__doc__, bf16=True)
     parser.set_defaults(samples=32, length=1024)
     parser.add_argument("--only", nargs="*", help="names of settings, as in this file")
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
     parser.add_argument("--limit", type=int, default=65536, help="tokens of each evaluation text")
-    parser.add_argument("--bf16", action="store_true", help="what torch.autocast deems safe is computed in bfloat16")
     parser.add_argument("--work", default="runs/surgeon-benchmark", help="where shots are noted")
     parser.add_argument("--output", default="surgeon")
     asked = parser.parse_args()
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if asked.bf16 else nullcontext():
+    with computing(asked.bf16):
         table = Table(asked)
         if not table.has("dense", 1.0):
             table.row("dense", 1.0, 1.0, seconds=0.0)

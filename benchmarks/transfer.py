@@ -12,7 +12,7 @@ import json
 import time
 from typing import Any
 
-from record import RESULTS, environment, options, write
+from record import RESULTS, computing, environment, options, write
 
 import resect
 from resect.calibration import calibrate, evaluation_tokens
@@ -38,7 +38,7 @@ def ways(steps: int) -> dict[str, dict[str, int]]:
 
 def main() -> None:
     """Runs the table."""
-    parser = options(__doc__)
+    parser = options(__doc__, bf16=True)
     parser.set_defaults(samples=256, length=256)
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.5])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -63,8 +63,8 @@ def main() -> None:
                 if any(place.items() <= row.items() for row in rows) or (asked.only and way not in asked.only):
                     continue
                 model, start = resect.load(asked.model), time.perf_counter()
-                given = {**settings, "learning_rate": asked.rate, "criterion": asked.criterion, "analysis": None}
-                given["estimate_windows"] = 16
+                given = {**settings, "learning_rate": asked.rate, "criterion": asked.criterion}
+                given |= {"analysis": None, "estimate_windows": 16, "bf16": asked.bf16}
                 if way == "untrained":
                     given["learning_rate"] = 1e-30  # AdamW's first step is as long as its rate
                 result = resect.prune(
@@ -73,8 +73,9 @@ def main() -> None:
                 sizes = result.report["block_parameters"]
                 facts = {"share": sizes["pruned"] / sizes["dense"], "last losses": _tail(result.report["losses"])}
                 facts["seconds"] = time.perf_counter() - start
-                found = {"WikiText-2@128": perplexity(model, wikitext, window=128).value}
-                found["C4@1024"] = perplexity(model, c4, window=1024).value
+                with computing(asked.bf16):
+                    found = {"WikiText-2@128": perplexity(model, wikitext, window=128).value}
+                    found["C4@1024"] = perplexity(model, c4, window=1024).value
                 rows.append({**place, **found, **facts})
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
                 rows.sort(key=lambda row: (-row["kept"], row["criterion"], row["settings"], row["seed"]))
