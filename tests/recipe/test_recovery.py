@@ -47,6 +47,9 @@ def test_a_recovery_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> 
     assert report["facts"]["held_out_after"] < report["facts"]["held_out_before"]
     assert report["reload_difference"] < 1e-4
     assert "| step | loss | held-out loss |" in (out / "report.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"* Base model: `{dense}`\n* Recovered: on 384 tokens (rank 8) of {text}\n" in card
+    assert "| held-out perplexity | before | after |" in card
     assert 'id="chart-training-0"' in (out / "report.html").read_text()
     assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert not (tmp_path / "out.progress").exists()

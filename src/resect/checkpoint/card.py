@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class About:
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    after: Sequence[str] = ()
+    """Lines of Markdown on what was done to it afterwards; what the report measured is of the model before that."""
 
     @classmethod
     def of(cls, directory: str | Path) -> About:
@@ -42,7 +44,7 @@ class About:
 
     def lines(self) -> list[str]:
         """Markdown: model, method, budget, calibration, evaluation."""
-        return [*self._making(), *self._measured()]
+        return [*self._making(), *(self.after or self._measured())]
 
     def _making(self) -> Iterator[str]:
         recipe, text = self.recipe, self.report.get("calibration")

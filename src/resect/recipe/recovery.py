@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from transformers import PreTrainedModel
 
 from resect.checkpoint import check_directory, load, load_tokenizer, save, verify
+from resect.checkpoint.card import About
 from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, UsageError
@@ -26,7 +27,7 @@ from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import assigned, overlaid, read_values
 from resect.recipe.schema import RecoverySection, Section, _several
 from resect.recovery import Recovery
-from resect.report import RecoveryReport, peak_memory, recovery_html, recovery_markdown, recovery_report
+from resect.report import RecoveryReport, peak_memory, recovery_card, recovery_html, recovery_markdown, recovery_report
 
 if TYPE_CHECKING:
     from resect.recovery import Recovered
@@ -213,9 +214,11 @@ def _save(
     place = Path(find(recipe.model).place)
     extra = {name: (place / name).read_text(encoding="utf-8") for name in KEPT if (place / name).is_file()}
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    made = About.of(place)
+    about = About(made.recipe or {"model": recipe.model}, {"calibration": made.report.get("calibration")}, recovery_card(report))
     with placed(directory, overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra)
+            saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra, about=about)
             if found.adapter is not None:
                 found.adapter.save(partial / "adapter", base=recipe.model)
                 report.adapter = _adapter_note(recipe.model, pattern, saved.layout)

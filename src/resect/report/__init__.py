@@ -11,7 +11,7 @@ from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
 from resect.report.page import comparison_html, knowledge_html, recovery_html, run_html
 from resect.report.picture import inspection_dot, inspection_tree
-from resect.report.recovery import RecoveryReport, recovery_markdown, recovery_report, recovery_tables
+from resect.report.recovery import RecoveryReport, recovery_card, recovery_markdown, recovery_report, recovery_tables
 from resect.report.results import (
     BudgetMet,
     Curve,
@@ -72,6 +72,7 @@ __all__ = [
     "machine",
     "mean_of",
     "peak_memory",
+    "recovery_card",
     "recovery_html",
     "recovery_markdown",
     "recovery_report",

@@ -80,11 +80,21 @@ def facts_markdown(facts: Facts, *, level: str = "##") -> list[str]:
 
 def recovery_asked(report: RecoveryReport) -> str:
     """What was asked for."""
+    return f"{report.recipe['model']}: recovered on {_training(report)}"
+
+
+def recovery_card(report: RecoveryReport) -> list[str]:
+    """Lines for the card of the model: what it was trained on, and what it predicts of what was held out."""
+    sources = ", ".join(counts.source for counts in report.facts.sources)
+    return [f"* Recovered: on {_training(report)} of {sources}", "", markdown(facts_losses(report.facts))]
+
+
+def _training(report: RecoveryReport) -> str:
     settings, facts = report.recipe["settings"], report.facts
     what = "all weights" if settings["full"] else f"rank {settings['rank']}"
     tokens = sum(training.tokens for training in facts.trainings)
     teacher = f", taught by {report.recipe['teacher']}" if report.recipe["teacher"] else ""
-    return f"{report.recipe['model']}: recovered on {tokens:,} tokens ({what}{teacher})"
+    return f"{tokens:,} tokens ({what}{teacher})"
 
 
 def recovery_lines(report: RecoveryReport) -> list[str]:
