@@ -24,7 +24,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-KEYS = ("share", "kept", "criterion", "layout", "settings", "seed")
+KEYS = ("share", "kept", "criterion", "layout", "settings", "seed", "computed in")
 """What tells the rows of a table apart."""
 
 
@@ -107,7 +107,7 @@ def write(name: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     )
 
 
-PARTS = ("criteria", "only", "output", "work")
+PARTS = ("criteria", "only", "output", "work", "bf16")
 """What processes that divide a table are asked for each."""
 
 
