@@ -104,12 +104,16 @@ class Table:
 
     def progress(self, name: str, method: LLMSurgeon | None = None) -> Progress:
         """Where a setting notes its shots, the first with moments that others have begun with."""
-        place = self.work / name.replace(":", " of ")
+        place = self.place(name)
         known = self.moments(method) if method and method.fisher != "identity" and not place.exists() else None
         found = Progress(place, [name, self.about["asked"]["calibration"]], resume=True)
         if known:
             shutil.copytree(known.directory / "shot-1", place / "shot-1", copy_function=os.link)
         return found
+
+    def place(self, name: str) -> Path:
+        """The folder of a setting's notes."""
+        return self.work / name.replace(":", " of ")
 
     def moments(self, method: LLMSurgeon) -> Progress:
         """Moments of the dense network, collected once for all settings of a kind."""
@@ -248,8 +252,8 @@ def run(table: Table, name: str) -> None:
         way = matrices if not method.coupled else one_shot if shots == 1 else many_shots
         way(table, name, method)
     table.fresh()
-    for done in table.work.glob(f"{name.replace(':', ' of ')}*"):
-        shutil.rmtree(done, ignore_errors=True)
+    for noted in (name, *(f"{name} {share}" for share in table.shares)):
+        shutil.rmtree(table.place(noted), ignore_errors=True)
 
 
 if __name__ == "__main__":

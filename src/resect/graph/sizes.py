@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 from resect.graph.atoms import Axis, Misaligned, factor, freeze, join, leaves, length, narrow
 
 VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
-
-
 LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+"""Functions that hand values to code of Python."""
 
 
 class Size(int):
