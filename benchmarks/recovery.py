@@ -67,7 +67,8 @@ class Table:
                 left = math.log(value / dense[key]) / math.log(before[key] / dense[key])
                 values[f"gap left, {key}"] = left
         if self.tasks:
-            answers = [task.answered(model, self.tokenizer, limit=self.asked.task_limit) for task in self.tasks]
+            with computing(self.asked.bf16):
+                answers = [task.answered(model, self.tokenizer, limit=self.asked.task_limit) for task in self.tasks]
             values |= {one.task: one.accuracy for one in answers}
             values["mean accuracy"], values["standard error"] = mean_accuracy(answers)
         self.rows.append({"settings": way, "kept": keep, "seed": seed, **values, **facts})
@@ -104,9 +105,10 @@ def trained(table: Table, way: str, keep: float, seed: int) -> None:
         if "mixture" in settings:
             settings["distillation"] = MEASURE_ONLY
         rate = asked.full_rate if settings.get("full") else asked.rate
-        settings |= {"batch": asked.batch, "bf16": asked.bf16, **({"learning_rate": rate} if rate else {})}
+        settings |= {"length": 256, "held_out": 32, "evaluations": 5, "batch": asked.batch, "bf16": asked.bf16}
+        settings |= {"learning_rate": rate} if rate else {}
         found = recover(
-            model, table.tokenizer, data=data, settings=Recovery(length=256, **settings), teacher=teacher, seed=seed,
+            model, table.tokenizer, data=data, settings=Recovery(**settings), teacher=teacher, seed=seed,
             progress=Path(asked.work) / f"{way}-{keep:g}-{seed}", resume=True, say=print,
         )
         facts["tokens"] = sum(one.tokens for one in found.facts.trainings)

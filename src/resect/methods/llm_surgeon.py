@@ -26,7 +26,7 @@ from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.saliency import Reader, ladder
 from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
-from resect.surgery import MAX_CORRELATE, check_gatherable, masked, reading
+from resect.surgery import check_gatherable, masked, reading
 
 
 class LLMSurgeon(Method):
@@ -43,7 +43,7 @@ class LLMSurgeon(Method):
     compensation: Compensation | None = Compensation()
     ladders: bool = True
     gather: bool = True
-    max_correlate: int = Field(default=MAX_CORRELATE, ge=1)
+    max_correlate: int | None = Field(default=None, ge=1)
     correction: Correction | None = None
     selection: Literal["global", "local"] = "global"
     floor: Units | dict[Literal["heads", "channels"], Units] = 1

@@ -20,7 +20,7 @@ from resect.plan import Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
 from resect.saliency import column_losses, element_losses, line_ladders, pattern_losses, row_losses
 from resect.statistics import Curvature, Data, Layer, Moments, layer_of, tell_clipped
-from resect.surgery import without_elements, without_rows_and_columns
+from resect.surgery import without_elements, without_elements_in_chunks, without_rows_and_columns
 
 Collect = Callable[[Sequence[Layer], int], None]
 """Notes the moments of layers for a shot."""
@@ -60,7 +60,8 @@ class Sparsity:
     update: bool
     ladders: bool
     """Whether a row or column is priced after those before it, and not by itself; without updates each is by itself."""
-    max_correlate: int
+    max_correlate: int | None
+    """Elements that are updated jointly; None for all of a matrix."""
     floor: int
     correction: Correction | None
 
@@ -224,10 +225,12 @@ def _zero(layer: Layer, gone: Tensor, asked: Sparsity, shot: int, progress: Prog
     weight, curvature = _part(layer, *Stays.whole(layer).lines(layer), asked, shot, progress)
     whole = torch.zeros_like(weight, dtype=torch.bool)
     whole[:, : gone.shape[1]] = gone
-    if asked.update:
-        layer.write(without_elements(weight, curvature, whole, max_correlate=asked.max_correlate))
-    else:
+    if not asked.update:
         layer.write(weight.masked_fill(whole, 0))
+    elif asked.max_correlate is None:
+        layer.write(without_elements(weight, curvature, whole))
+    else:
+        layer.write(without_elements_in_chunks(weight, curvature, whole, max_correlate=asked.max_correlate))
 
 
 def _part(

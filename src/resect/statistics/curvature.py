@@ -155,6 +155,13 @@ class Curvature:
         """`F W`: the sum of `G W A` over the terms."""
         return torch.stack([(weight if G is None else G @ weight) @ A for A, G in self.terms]).sum(0)
 
+    def solved(self, right: Tensor) -> Tensor:
+        """`F⁻¹` times a matrix: `G⁻¹ B A⁻¹`, or entry by entry in the basis of two terms."""
+        if self.joint:
+            return self.joint.solved(right)
+        within = right @ self.A_inverse
+        return within if self.G_inverse is None else self.G_inverse @ within
+
     def part(self, rows: Tensor, columns: Tensor) -> Curvature:
         """That of a matrix of which only some rows and columns are free to change."""
         A, A2 = (None if factor is None else factor[columns][:, columns] for factor in (self.A, self.A2))

@@ -2,13 +2,13 @@
 
 from resect.surgery.check import cut_and_check, gather_and_check
 from resect.surgery.compensate import (
-    MAX_CORRELATE,
     Loss,
     reading,
     without_columns,
     without_columns_after,
     without_columns_under,
     without_elements,
+    without_elements_in_chunks,
     without_rows_and_columns,
 )
 from resect.surgery.cut import Record, cut, plan_record
@@ -18,7 +18,6 @@ from resect.surgery.mask import mask, masked
 from resect.surgery.vocabulary import kept_tokens
 
 __all__ = [
-    "MAX_CORRELATE",
     "Fading",
     "Loss",
     "Record",
@@ -38,5 +37,6 @@ __all__ = [
     "without_columns_after",
     "without_columns_under",
     "without_elements",
+    "without_elements_in_chunks",
     "without_rows_and_columns",
 ]

@@ -18,8 +18,10 @@ from resect.statistics import Curvature, Joint, Layer, layer_of
 from resect.surgery.positions import kept_positions, missing
 
 Matrix = Float[Tensor, "rows columns"]
-MAX_CORRELATE = 500
-"""Elements that are updated jointly. Paper: 2000. Here: fewer, because the time for all of them grows with its square."""
+TOLERANCE = 1e-3
+"""What is left of the first residual, in the norm of the preconditioner, when conjugate gradients end."""
+STEPS = 50
+"""Conjugate gradients end after so many steps in any case."""
 NEAR = 64
 """Rows that are brought up to date together while elements go one chunk after the other."""
 
@@ -125,14 +127,36 @@ def _staying(size: int, gone: Tensor) -> Tensor:
 
 
 def without_elements(
-    weight: Matrix,
-    curvature: Curvature,
-    gone: Bool[Tensor, "rows columns"],
-    *,
-    max_correlate: int = MAX_CORRELATE,
-    sweeps: int = 1,
+    weight: Matrix, curvature: Curvature, gone: Bool[Tensor, "rows columns"], *, tolerance: float = TOLERANCE
 ) -> Matrix:
-    """`W` with zeros in some elements, the rest updated jointly for at most `max_correlate` of them at a time.
+    """`W` with zeros in some elements, the rest the joint optimum, for one term or two.
+
+    The change `D` is `−W` where elements go; elsewhere `F D` must vanish. That is solved by conjugate gradients on the elements
+    that stay, preconditioned with those of `F⁻¹`; each step costs four products with the factors. They end when `tolerance` of
+    the residual is left.
+    """
+    change = weight.neg().masked_fill(~gone, 0)
+    residual = curvature.times(change).neg().masked_fill(gone, 0)
+    step, before, enough = torch.zeros_like(weight), 1.0, 0.0
+    for taken in range(STEPS):
+        preconditioned = curvature.solved(residual).masked_fill(gone, 0)
+        left = float((residual * preconditioned).sum())
+        enough = enough or tolerance**2 * left
+        if left <= enough:
+            break
+        step = preconditioned + left / before * step if taken else preconditioned
+        pushed = curvature.times(step).masked_fill(gone, 0)
+        length = left / float((step * pushed).sum())
+        change += length * step
+        residual -= length * pushed
+        before = left
+    return (weight + change).masked_fill(gone, 0)
+
+
+def without_elements_in_chunks(
+    weight: Matrix, curvature: Curvature, gone: Bool[Tensor, "rows columns"], *, max_correlate: int, sweeps: int = 1
+) -> Matrix:
+    """`W` with zeros in some elements, the rest updated jointly for at most `max_correlate` of them at a time, as in the paper.
 
     For the elements `Q` of a chunk, `(G⁻¹[Q_r,Q_r] ∘ A⁻¹[Q_c,Q_c]) m = w_Q` and `ΔW = −G⁻¹ M A⁻¹`, where `M` holds `m` at `Q`
     (with two terms, `F⁻¹[Q,Q] m = w_Q` and `ΔW = −F⁻¹ M`); later chunks see what earlier ones did. A chunk is a run of elements
@@ -141,7 +165,7 @@ def without_elements(
     """
     chunks = gone.nonzero().split(max_correlate)
     if curvature.joint:
-        return _without_elements(weight, curvature.joint, chunks * sweeps).masked_fill(gone, 0)
+        return _in_chunks(weight, curvature.joint, chunks * sweeps).masked_fill(gone, 0)
     G_inverse, A_inverse = curvature.G_inverse, curvature.A_inverse
     done = torch.zeros_like(weight)  # M A⁻¹ of all chunks so far; G⁻¹ of it is what they took from the weights
     for several in _near(chunks * sweeps):
@@ -176,7 +200,7 @@ def _near(chunks: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield several
 
 
-def _without_elements(weight: Tensor, joint: Joint, chunks: Sequence[Tensor]) -> Tensor:
+def _in_chunks(weight: Tensor, joint: Joint, chunks: Sequence[Tensor]) -> Tensor:
     """The same with two terms, chunk by chunk in the basis of both: `P_Gᵀ W P_A` loses `d ∘ (Q_Gᵀ M Q_A)`."""
     if not chunks[0].numel():
         return weight.clone()
