@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
+import resect.saliency.ladders as ladders
 from resect.checkpoint import Progress
 from resect.errors import ModelError, UsageError
 from resect.methods.sparsity import matrices
@@ -105,6 +106,28 @@ def test_updates_help(mode: str) -> None:
         surgeon(model, mode, shots=1, keep=0.7, compensation=compensation, fisher="activations")
         errors.append(error_of(model, dense))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("mode", "shots"), [("coupled", 3), ("rows-columns", 1), ("rows-columns", 3)])
+def test_ladders_reach_as_far_as_they_must(mode: str, shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far they reach at first, what goes is the same, to the bit."""
+    found, taken = {}, dict[float, int]()
+    remove = ladders._State.remove
+    for ahead in (1e-9, 1.0, 1e9):
+
+        def counted(state: Any, unit: int, ahead: float = ahead) -> None:
+            taken[ahead] = taken.get(ahead, 0) + 1
+            remove(state, unit)
+
+        monkeypatch.setattr(ladders, "AHEAD", ahead)
+        monkeypatch.setattr(ladders._State, "remove", counted)
+        model = FAMILIES["llama"]()
+        surgeon(model, mode, shots=shots, layout="per-layer")
+        found[ahead] = model.state_dict()
+    assert taken[1.0] != taken[1e9]
+    for name, expected in found[1e9].items():
+        assert torch.equal(found[1e-9][name], expected)
+        assert torch.equal(found[1.0][name], expected)
 
 
 def loss_of(model: nn.Module) -> float:

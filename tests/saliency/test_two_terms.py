@@ -14,7 +14,12 @@ import resect.saliency.ladders as ladder_module
 from resect.saliency import Reader, block_losses, column_losses, element_losses, ladder, row_losses
 from resect.saliency.ladders import _alike
 from resect.statistics import Curvature
-from resect.surgery import without_columns_under, without_elements, without_rows_and_columns
+from resect.surgery import (
+    without_columns_under,
+    without_elements,
+    without_elements_in_chunks,
+    without_rows_and_columns,
+)
 from tests.saliency.two_terms import masked, optimum, problem, written_out
 
 ROWS, COLUMNS = 5, 8

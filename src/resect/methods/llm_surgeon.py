@@ -8,7 +8,7 @@ layer, where each unit is priced after those that went before it, because single
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from resect.methods.method import Method, Shot, Units
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
-from resect.saliency import Reader, ladder
+from resect.saliency import Reader, ladder, reach
 from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
 from resect.surgery import check_gatherable, masked, reading
 
@@ -132,8 +132,16 @@ class LLMSurgeon(Method):
         for shot in range(1, self.shots + 1):
             if shot > 1:
                 self.make_up(model, graph, plan, data, progress, shot=shot - 1)
-            scores = self._scores(model, graph, groups, plan, data, shot=shot, seed=seed, progress=progress)
-            plan = select(graph, scores, keep=1 - (1 - asked["keep"]) * shot / self.shots, **options)
+            kept = 1 - (1 - asked["keep"]) * shot / self.shots
+
+            def chosen(scores: Mapping[str, Tensor], kept: float = kept) -> Plan:
+                return select(graph, scores, keep=kept, **options)
+
+            share = (1 - asked["keep"]) / self.shots if shot < self.shots else 1.0
+            scores = self._scores(
+                model, graph, groups, plan, data, share=share, chosen=chosen, shot=shot, seed=seed, progress=progress
+            )
+            plan = chosen(scores)
             yield shot, plan, scores
 
     def again(
@@ -251,27 +259,40 @@ class LLMSurgeon(Method):
         plan: Plan,
         data: Data,
         *,
+        share: float,
+        chosen: Callable[[Mapping[str, Tensor]], Plan],
         shot: int,
         seed: int,
         progress: Progress,
     ) -> dict[str, Tensor]:
-        """What each unit costs after those that go before it; nothing for those that went."""
+        """What each unit costs after those that go before it; nothing for those that went.
+
+        About a `share` of everything goes. Ladders reach as far as what is `chosen` by them, and units below cost no less than
+        the last on them.
+        """
         if stored := progress.get(f"shot-{shot}/scores"):
             return stored
         found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
         with masked(model, plan, graph):
             self._collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
-        scores, shares = {}, {}
-        for group in tqdm(groups, desc=f"ladders, shot {shot}", leave=False, delay=2):
-            layers = []
-            for layer, columns in readers(model, graph, group):
-                moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
-                curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
-                layers.append(Reader(layer.matrix(), curvature, columns))
-                shares[layer.path] = curvature.kept
-            gone = sorted(set(range(group.units)) - set(plan.groups[group.name].keep))
-            scores[group.name] = ladder(layers, gone=gone).scores(group.units)
-            scores[group.name][gone] = 0
+        scores, shares = dict[str, Tensor](), dict[str, float]()
+        gone = {group.name: sorted(set(range(group.units)) - set(plan.groups[group.name].keep)) for group in groups}
+        steps = {group.name: reach(group.units, share) for group in groups}
+        short = groups
+        while short:
+            for group in tqdm(short, desc=f"ladders, shot {shot}", leave=False, delay=2):
+                layers = []
+                for layer, columns in readers(model, graph, group):
+                    moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
+                    curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
+                    layers.append(Reader(layer.matrix(), curvature, columns))
+                    shares[layer.path] = curvature.kept
+                name = group.name
+                scores[name] = ladder(layers, gone=gone[name], steps=steps[name]).scores(group.units)
+                scores[name][gone[name]] = 0
+            went = {name: kept.removed - len(gone[name]) for name, kept in chosen(scores).groups.items() if name in gone}
+            short = [group for group in groups if went[group.name] > steps[group.name]]
+            steps |= {group.name: 2 * went[group.name] for group in short}
         tell_clipped(shares)
         progress.put(f"shot-{shot}/scores", scores)
         if self.compensation is None or self.compensation.inputs == "pruned":

@@ -18,7 +18,7 @@ from resect.errors import UsageError
 from resect.graph import Graph
 from resect.plan import Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
-from resect.saliency import column_losses, element_losses, line_ladders, pattern_losses, row_losses
+from resect.saliency import column_losses, element_losses, line_ladders, pattern_losses, reach, row_losses
 from resect.statistics import Curvature, Data, Layer, Moments, layer_of, tell_clipped
 from resect.surgery import without_elements, without_elements_in_chunks, without_rows_and_columns
 
@@ -147,21 +147,33 @@ def lines_kept(model: nn.Module, pattern: Pattern) -> dict[str, tuple[Tensor | N
 def _lines(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:
-    """Rows and columns of all matrices by one threshold."""
-    losses, shares = {}, {}
-    for layer in tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2):
-        rows, columns = stays[layer.path].lines(layer)
-        name = f"shot-{shot}/lines/{layer.path}"
-        if not (found := progress.get(name)):
-            weight, curvature = _part(layer, rows, columns, asked, shot, progress)
-            inner = columns[columns < layer.inner_columns]
-            found = {"rows": torch.zeros(layer.rows, dtype=torch.float64), "kept": torch.tensor(curvature.kept)}
-            found["columns"] = torch.zeros(layer.inner_columns, dtype=torch.float64)
-            found["rows"][rows], found["columns"][inner] = _line_losses(weight, curvature, asked, len(inner))
-            progress.put(name, found)
-        losses[layer.path], shares[layer.path] = (found["rows"], found["columns"]), float(found["kept"])
+    """Rows and columns of all matrices by one threshold.
+
+    Ladders reach as far as what is chosen by them, and lines below cost no less than the last on them.
+    """
+    before = {path: (~found.rows, ~found.columns) for path, found in stays.items()}
+    zeros = sum(int((~found.elements).sum()) for found in stays.values())
+    share = (remove - zeros) / sum(found.elements.numel() for found in stays.values())
+    steps = {path: [reach(len(side), share) for side in sides] for path, sides in before.items()}
+    losses, shares, short = {}, {}, list(layers)
+    while short:
+        for layer in tqdm(short, desc=f"losses, shot {shot}", leave=False, delay=2):
+            name = f"shot-{shot}/lines/{layer.path}"
+            found = progress.get(name)
+            if not found or any(known < enough for known, enough in zip(found["steps"].tolist(), steps[layer.path], strict=True)):
+                found = _line_losses(layer, stays[layer.path], asked, steps[layer.path], shot, progress)
+                progress.put(name, found)
+            losses[layer.path], shares[layer.path] = (found["rows"], found["columns"]), float(found["kept"])
+            steps[layer.path] = found["steps"].tolist()
+        chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
+        short = []
+        for layer in layers:
+            went = [int((now & ~then).sum()) for now, then in zip(chosen[layer.path], before[layer.path], strict=True)]
+            further = [2 * many if many > known else known for many, known in zip(went, steps[layer.path], strict=True)]
+            if further != steps[layer.path]:
+                short.append(layer)
+                steps[layer.path] = further
     tell_clipped(shares)
-    chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
     for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
         rows, columns = stays[layer.path].lines(layer)
         gone_rows, gone_columns = chosen[layer.path]
@@ -179,12 +191,21 @@ def _lines(
         layer.write(matrix)
 
 
-def _line_losses(weight: Tensor, curvature: Curvature, asked: Sparsity, inner: int) -> tuple[Tensor, Tensor]:
-    """What the rows and the first `inner` columns of a matrix cost."""
+def _line_losses(
+    layer: Layer, stays: Stays, asked: Sparsity, steps: list[int], shot: int, progress: Progress
+) -> dict[str, Tensor]:
+    """What the rows and columns of a matrix cost, nothing for those that went, and how far that is known."""
+    rows, columns = stays.lines(layer)
+    weight, curvature = _part(layer, rows, columns, asked, shot, progress)
+    inner = columns[columns < layer.inner_columns]
     if asked.ladders and asked.update:
-        return line_ladders(weight, curvature, inner=inner)
-    rows, columns = (find(weight, curvature, update=asked.update) for find in (row_losses, column_losses))
-    return rows, columns[:inner]
+        of_rows, of_columns = line_ladders(weight, curvature, inner=len(inner), steps=steps)
+    else:
+        of_rows, of_columns = (find(weight, curvature, update=asked.update) for find in (row_losses, column_losses))
+        steps = [layer.rows, layer.inner_columns]
+    sides = weight.new_zeros(layer.rows), weight.new_zeros(layer.inner_columns)
+    sides[0][rows], sides[1][inner] = of_rows, of_columns[: len(inner)]
+    return {"rows": sides[0], "columns": sides[1], "kept": torch.tensor(curvature.kept), "steps": torch.tensor(steps)}
 
 
 def _elements(

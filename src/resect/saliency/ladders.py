@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import ceil, log
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,8 @@ NEAR = 4.0
 """How many times larger or smaller `A₁ + t A₂` may be in some direction than what stands for it."""
 PENDING = 128
 """Removed columns that wait until they are taken off the whole of `A⁻¹` and `W` by one matrix product."""
+AHEAD = 3
+"""How many times the share that goes a ladder reaches down at first."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,17 @@ class Ladder:
     losses: Float[Tensor, " removed"]
 
     def scores(self, units: int) -> Float[Tensor, " units"]:
-        """A loss for every unit that rises, if only by a hair, along the order; infinite for units that stay in any case."""
-        scores = torch.full((units,), torch.inf, dtype=torch.float64)
-        rises = torch.arange(len(self.order), dtype=torch.float64)
-        scores[self.order] = self.losses.clamp_min(torch.finfo(torch.float64).tiny).cummax(0).values * (1 + 1e-13 * rises)
+        """A loss for every unit that rises, if only by a hair, along the order, and on among those below its end.
+
+        What is below costs as much as that at least.
+        """
+        losses = self.losses.clamp_min(torch.finfo(torch.float64).tiny).cummax(0).values
+        below = torch.ones(units, dtype=torch.bool)
+        below[self.order] = False
+        order = torch.cat([self.order, below.nonzero().flatten()])
+        rises = 1 + 1e-13 * torch.arange(units, dtype=torch.float64)
+        scores = torch.empty(units, dtype=torch.float64)
+        scores[order] = torch.cat([losses, losses[-1:].sum().repeat(int(below.sum()))]) * rises
         return scores
 
 
@@ -49,14 +58,20 @@ class Reader:
     columns: Int[Tensor, "units width"]
 
 
-def ladder(readers: Sequence[Reader], *, least: int = 0, gone: Sequence[int] = ()) -> Ladder:
-    """The ladder of the units that some layers take in, down to `least` of them; those in `gone` went before."""
+def reach(units: int, share: float) -> int:
+    """How many steps of a ladder are enough, as a rule, where a share of everything goes."""
+    return min(units, max(1, ceil(AHEAD * share * units)))
+
+
+def ladder(readers: Sequence[Reader], *, steps: int | None = None, gone: Sequence[int] = ()) -> Ladder:
+    """The ladder of the units that some layers take in, all of it or its first `steps`; those in `gone` went before."""
     units = len(readers[0].columns)
     stays = torch.ones(units, dtype=torch.bool)
     states = [_State(part, list(gone)) for reader in readers for part in _parts(reader)]
     stays[list(gone)] = False
     order, losses = [], []
-    for _ in range(int(stays.sum()) - least):
+    left = int(stays.sum())
+    for _ in range(left if steps is None else min(left, steps)):
         total = torch.stack([state.losses() for state in states]).sum(0)
         unit = int(torch.where(stays, total, torch.inf).argmin())
         order.append(unit)
@@ -68,16 +83,24 @@ def ladder(readers: Sequence[Reader], *, least: int = 0, gone: Sequence[int] = (
 
 
 def line_ladders(
-    weight: Float[Tensor, "rows columns"], curvature: Curvature, *, inner: int | None = None
+    weight: Float[Tensor, "rows columns"],
+    curvature: Curvature,
+    *,
+    inner: int | None = None,
+    steps: Sequence[int | None] = (None, None),
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " inner"]]:
     """A loss for every row and for every one of the first `inner` columns (all): each after those of its side before it.
 
-    Rows are the columns of `Wᵀ`, for which `G` and `A` have changed places. The last of a side may go, too.
+    Rows are the columns of `Wᵀ`, for which `G` and `A` have changed places. The last of a side may go, too. `steps` of the sides
+    are enough; lines below cost no less than the last.
     """
     G = torch.eye(len(weight), dtype=weight.dtype) if curvature.G is None else curvature.G
     turned = Curvature(G, curvature.A, curvature.G2, curvature.A2)
     sides = (weight.mT, turned, len(weight)), (weight, curvature, weight.shape[1] if inner is None else inner)
-    rows, columns = (ladder([Reader(W, F, torch.arange(units)[:, None])]).scores(units) for W, F, units in sides)
+    rows, columns = (
+        ladder([Reader(W, F, torch.arange(units)[:, None])], steps=enough).scores(units)
+        for (W, F, units), enough in zip(sides, steps, strict=True)
+    )
     return rows, columns
 
 
