@@ -113,7 +113,7 @@ def test_elements_are_made_up_for_chunk_by_chunk(share: float, chunk: int) -> No
         expected = optimum(expected, mask(*part.unbind(1)), fisher)[1]
     same(without_elements_in_chunks(weight, curvature, gone, max_correlate=chunk), expected.masked_fill(gone, 0))
     together = optimum(weight, gone, fisher)[1].masked_fill(gone, 0)
-    same(without_elements(weight, curvature, gone, tolerance=1e-12), together)
+    same(without_elements(weight, curvature, gone, tolerance=1e-20), together)
     if share == 0.3:
         swept = without_elements_in_chunks(weight, curvature, gone, max_correlate=8, sweeps=200)
         torch.testing.assert_close(swept, together, rtol=1e-6, atol=1e-6)

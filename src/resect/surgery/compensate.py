@@ -18,8 +18,8 @@ from resect.statistics import Curvature, Joint, Layer, layer_of
 from resect.surgery.positions import kept_positions, missing
 
 Matrix = Float[Tensor, "rows columns"]
-TOLERANCE = 1e-3
-"""What is left of the first residual, in the norm of the preconditioner, when conjugate gradients end."""
+TOLERANCE = 2e-3
+"""Conjugate gradients end when a step gains less than this share of the loss that is left."""
 STEPS = 50
 """Conjugate gradients end after so many steps in any case."""
 NEAR = 64
@@ -131,25 +131,28 @@ def without_elements(
 ) -> Matrix:
     """`W` with zeros in some elements, the rest the joint optimum, for one term or two.
 
-    The change `D` is `−W` where elements go; elsewhere `F D` must vanish. That is solved by conjugate gradients on the elements
-    that stay, preconditioned with those of `F⁻¹`; each step costs four products with the factors. They end when `tolerance` of
-    the residual is left.
+    The change `D` is `−W` where elements go; elsewhere `F D` must vanish, and `⟨D, F D⟩` is least. That is solved by conjugate
+    gradients on the elements that stay, preconditioned with those of `F⁻¹`; each step costs four products with the factors. They
+    end when a step gains less than `tolerance` of what is left of the loss.
     """
     change = weight.neg().masked_fill(~gone, 0)
-    residual = curvature.times(change).neg().masked_fill(gone, 0)
-    step, before, enough = torch.zeros_like(weight), 1.0, 0.0
+    pushed = curvature.times(change)
+    loss, residual = float((change * pushed).sum()), pushed.neg().masked_fill(gone, 0)
+    step, before = torch.zeros_like(weight), 1.0
     for taken in range(STEPS):
         preconditioned = curvature.solved(residual).masked_fill(gone, 0)
         left = float((residual * preconditioned).sum())
-        enough = enough or tolerance**2 * left
-        if left <= enough:
+        if left <= 0:
             break
         step = preconditioned + left / before * step if taken else preconditioned
         pushed = curvature.times(step).masked_fill(gone, 0)
         length = left / float((step * pushed).sum())
         change += length * step
         residual -= length * pushed
-        before = left
+        before, gained = left, length * left
+        loss -= gained
+        if gained <= tolerance * loss:
+            break
     return (weight + change).masked_fill(gone, 0)
 
 
