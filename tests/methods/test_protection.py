@@ -116,7 +116,7 @@ def test_too_much_protection_is_refused() -> None:
     graph = resect.trace(model)
     channels = [group.name for group in graph.of_kind("channels")]
     asked: dict[str, Any] = {"settings": {"criterion": "l2"}, "layout": "per-layer"}
-    with pytest.raises(UsageError, match=r"smallest reachable share is 0\.\d+\. Raise keep, or protect fewer groups"):
+    with pytest.raises(UsageError, match=r"smallest reachable share is 0\.\d+\. Let more stay, or protect fewer groups"):
         resect.prune(model, **asked, keep=0.3, protect=channels)
     with pytest.raises(UsageError, match=r"Nothing to cut.* 6 groups are protected"):
         resect.prune(model, **asked, keep=0.8, protect=[*channels, *(group.name for group in graph.of_kind("heads"))])

@@ -282,7 +282,7 @@ def _check_enough(layers: Sequence[Layer], asked: Sparsity, remove: int) -> None
         zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(layer.inner_columns)) for layer in layers}
         rows_and_columns(zero, remove=remove, floor=asked.floor)
     elif remove > (most := sum(layer.rows * layer.inner_columns for layer in layers)):
-        raise UsageError(f"{remove:,} parameters were to go; the layers that may be cut have only {most:,}. Raise keep.")
+        raise UsageError(f"{remove:,} parameters were to go; the layers that may be cut have only {most:,}. Let more stay.")
 
 
 def _check_divides(layers: Sequence[Layer], keep: int, of: int) -> None:

@@ -99,7 +99,7 @@ def select(
         amount = f" ({cost(_removed(steps, ladders)):,} {cost.unit})" if cost.unit else ""
         raise UsageError(
             f"keep={keep:g} of {cost.name} cannot be met by removing {', '.join(kinds)}: with {_stays(least_by_kind)} kept in "
-            f"every group the smallest reachable share is {least:.4f}{amount}. Raise keep, or "
+            f"every group the smallest reachable share is {least:.4f}{amount}. Let more stay, or "
             + ("protect fewer groups." if protect else "let more kinds or layers be cut.")
         )
     return _plan(ladders, scores, taken)
