@@ -48,7 +48,11 @@ SURGEONS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"rows-columns-{shots}, priced alone": (shots, {"mode": "rows-columns", "ladders": False}) for shots in (1, 5, 20)},
     **{f"unstructured-{shots}": (shots, {"mode": "unstructured"}) for shots in (1, 5)},
     "unstructured-1, no updates": (1, {"mode": "unstructured", "compensation": None}),
+    "unstructured-1, a share of each": (1, {"mode": "unstructured", "selection": "local"}),
     "unstructured-1, activations alone": (1, {"mode": "unstructured", "fisher": "activations"}),
+    "unstructured-1, activations alone, a share of each": (
+        1, {"mode": "unstructured", "fisher": "activations", "selection": "local"}
+    ),
     "unstructured-1, magnitude": (1, {"mode": "unstructured", "fisher": "identity", "compensation": None}),
     "2:4-1": (1, {"mode": "2:4"}),
     "2:4-1, no updates": (1, {"mode": "2:4", "compensation": None}),

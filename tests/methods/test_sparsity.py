@@ -63,6 +63,19 @@ def test_no_row_keeps_more_than_two_of_four() -> None:
         assert ((layer.weight == 0).reshape(layer.rows, -1, 4).sum(2) == 2).all()
 
 
+@pytest.mark.parametrize("shots", [1, 3])
+@pytest.mark.parametrize("mode", ["rows-columns", "unstructured"])
+def test_every_matrix_loses_the_same_share(mode: str, shots: int) -> None:
+    model = FAMILIES["llama"]()
+    graph = resect.trace(model)
+    surgeon(model, mode, keep=0.6, shots=shots, selection="local", gather=False)
+    layers = matrices(model, graph)
+    asked = 0.4 * graph.parameter_count(blocks_only=True) / sum(layer.weight.numel() for layer in layers)
+    for layer in layers:
+        line = max(1 / layer.rows, 1 / layer.inner_columns) if mode == "rows-columns" else 1 / layer.weight.numel()
+        assert asked - line <= float((layer.weight == 0).double().mean()) <= asked
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_and_columns_are_really_taken_out(family: str, tmp_path: Path) -> None:
     """The zeros of the same run without gathering are gone: smaller, the same function, saved and loaded."""

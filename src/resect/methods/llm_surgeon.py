@@ -209,6 +209,7 @@ class LLMSurgeon(Method):
             ladders=self.ladders,
             max_correlate=self.max_correlate,
             floor=self.floor if isinstance(self.floor, int) else 1,
+            alike=self.selection == "local",
             correction=self.correction,
         )
         if self.physical:

@@ -6,7 +6,7 @@ layers that gather what they read and scatter what they put out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from resect.checkpoint import Progress
 from resect.errors import UsageError
 from resect.graph import Graph
-from resect.plan import Matrix, Pattern, lowest, rows_and_columns
+from resect.plan import Lines, Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
 from resect.saliency import column_losses, element_losses, line_ladders, pattern_losses, reach, row_losses
 from resect.statistics import Curvature, Data, Layer, Moments, layer_of, tell_clipped
@@ -63,6 +63,8 @@ class Sparsity:
     max_correlate: int | None
     """Elements that are updated jointly; None for all of a matrix."""
     floor: int
+    alike: bool
+    """Whether every matrix loses the same share; otherwise one threshold decides for all."""
     correction: Correction | None
 
     @property
@@ -147,7 +149,7 @@ def lines_kept(model: nn.Module, pattern: Pattern) -> dict[str, tuple[Tensor | N
 def _lines(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:
-    """Rows and columns of all matrices by one threshold.
+    """Rows and columns, over all matrices or of each by itself.
 
     Ladders reach as far as what is chosen by them, and lines below cost no less than the last on them.
     """
@@ -165,7 +167,7 @@ def _lines(
                 progress.put(name, found)
             losses[layer.path], shares[layer.path] = (found["rows"], found["columns"]), float(found["kept"])
             steps[layer.path] = found["steps"].tolist()
-        chosen = rows_and_columns(losses, remove=remove, floor=asked.floor)
+        chosen = _chosen(losses, remove=remove, asked=asked)
         short = []
         for layer in layers:
             went = [int((now & ~then).sum()) for now, then in zip(chosen[layer.path], before[layer.path], strict=True)]
@@ -191,6 +193,17 @@ def _lines(
         layer.write(matrix)
 
 
+def _chosen(losses: Mapping[str, tuple[Tensor, Tensor]], *, remove: int, asked: Sparsity) -> dict[str, Lines]:
+    """The rows and columns that go, over all matrices or of each by itself."""
+    if not asked.alike:
+        return rows_and_columns(losses, remove=remove, floor=asked.floor)
+    sizes = {path: len(rows) * len(columns) for path, (rows, columns) in losses.items()}
+    found = dict[str, Lines]()
+    for path, sides in losses.items():
+        found |= rows_and_columns({path: sides}, remove=remove * sizes[path] // sum(sizes.values()), floor=asked.floor)
+    return found
+
+
 def _line_losses(
     layer: Layer, stays: Stays, asked: Sparsity, steps: list[int], shot: int, progress: Progress
 ) -> dict[str, Tensor]:
@@ -211,7 +224,7 @@ def _line_losses(
 def _elements(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:
-    """Elements, or groups of neighbours, of all matrices by one threshold."""
+    """Elements, or groups of neighbours, over all matrices or of each by itself."""
     names = [f"shot-{shot}/losses/{layer.path}" for layer in layers]
     shares = {}
     for layer, name in zip(tqdm(layers, desc=f"losses, shot {shot}", leave=False, delay=2), names, strict=True):
@@ -231,15 +244,20 @@ def _elements(
         return ((progress.get(name) or {})[key] for name in names)
 
     count = _groups(layers, *asked.neighbours) * shot // asked.shots if asked.neighbours else remove
-    threshold = lowest(stored, count)
+    common, size = None if asked.alike else lowest(stored, count), sum(layer.rows * layer.inner_columns for layer in layers)
     for layer, name in zip(tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2), names, strict=True):
         found = progress.get(name) or {}
-        gone = found[key] <= threshold
+        own = count * layer.rows * layer.inner_columns // size
+        gone = found[key] <= (_lowest_of(found[key], own) if common is None else common)
         if asked.neighbours:
             gone = gone.repeat_interleave(asked.neighbours[1], dim=1) & found["goes"]
         gone |= ~stays[layer.path].elements
         stays[layer.path] = Stays((~gone).any(1), (~gone).any(0), ~gone)
         _zero(layer, gone, asked, shot, progress)
+
+
+def _lowest_of(losses: Tensor, count: int) -> float:
+    return lowest(lambda: [losses], count)
 
 
 def _zero(layer: Layer, gone: Tensor, asked: Sparsity, shot: int, progress: Progress) -> None:
@@ -280,7 +298,7 @@ def _check_enough(layers: Sequence[Layer], asked: Sparsity, remove: int) -> None
     """Refuses a budget out of reach before the long part."""
     if asked.kind == "rows-columns":
         zero = {layer.path: (torch.zeros(layer.rows), torch.zeros(layer.inner_columns)) for layer in layers}
-        rows_and_columns(zero, remove=remove, floor=asked.floor)
+        _chosen(zero, remove=remove, asked=asked)
     elif remove > (most := sum(layer.rows * layer.inner_columns for layer in layers)):
         raise UsageError(f"{remove:,} parameters were to go; the layers that may be cut have only {most:,}. Let more stay.")
 

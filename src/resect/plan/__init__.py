@@ -1,7 +1,7 @@
 """Which units stay: scores, prices and a budget give a plan."""
 
 from resect.plan.budget import BUDGETS, OF, PHASES, Budget, Cost, Workload, bytes_cost, cost_of, macs_cost, macs_of
-from resect.plan.pattern import Matrix, Pattern, lowest, rows_and_columns
+from resect.plan.pattern import Lines, Matrix, Pattern, lowest, rows_and_columns
 from resect.plan.plan import Kept, Plan, keep_all
 from resect.plan.select import LAYOUTS, SELECTIONS, Ranges, part_of, select, select_share, spent_first
 
@@ -14,6 +14,7 @@ __all__ = [
     "Budget",
     "Cost",
     "Kept",
+    "Lines",
     "Matrix",
     "Pattern",
     "Plan",
