@@ -121,8 +121,10 @@ def join(name: str, parts: Sequence[str]) -> None:
     if any(other != asked[0] for other in asked):
         raise SystemExit(f"These runs were not made with the same settings: {asked}")
     rows = {tuple(row.get(key) for key in KEYS): row for part in read for row in part["rows"]}
-    ordered = sorted(rows.values(), key=lambda row: -row["share"]) if "share" in read[0]["rows"][0] else rows.values()
-    write(name, {**about, "asked": asked[0]}, list(ordered))
+    ordered = list(rows.values())
+    if "share" in ordered[0]:
+        ordered.sort(key=lambda row: (-row["share"], row["settings"], row.get("computed in", "")))
+    write(name, {**about, "asked": asked[0]}, ordered)
 
 
 def _cell(value: Any) -> str:
