@@ -131,7 +131,7 @@ class Table:
             layers = list({layer.path: layer for pairs in of_kind for layer, _ in pairs}.values())
         else:
             layers = matrices_of(self.model, self.graph)
-        method._collect(self.model, self.graph, layers, self.data, shot=1, seed=42, progress=found)
+        method.collect(self.model, self.graph, layers, self.data, shot=1, seed=42, progress=found)
         return found
 
     def kept(self, plan: Plan) -> float:

@@ -74,7 +74,7 @@ def one_shot(model: nn.Module, graph: Graph, layers: list[Layer], tokens: Tensor
     _, cholesky, _ = measured(lambda: factorised(layers))
     with tempfile.TemporaryDirectory() as folder:
         progress = Progress(folder, [])
-        gather = lambda: method._collect(model, graph, layers, data, shot=1, seed=0, progress=progress)  # noqa: E731
+        gather = lambda: method.collect(model, graph, layers, data, shot=1, seed=0, progress=progress)  # noqa: E731
         _, collect, memory = measured(gather)
         steps = method.shots_of(model, graph, data, {"keep": 0.8, "layout": "per-layer"}, progress=progress)
         (_, plan, _), ladders, ladder_memory = measured(lambda: next(steps))

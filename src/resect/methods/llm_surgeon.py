@@ -217,7 +217,7 @@ class LLMSurgeon(Method):
         remove = round((1 - keep) * cost_of(graph, of)({}))
 
         def collect(layers: Sequence[Layer], shot: int) -> None:
-            self._collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
+            self.collect(model, graph, layers, data, shot=shot, seed=seed, progress=progress)
 
         return impose(model, graph, data, asked, remove=remove, protect=protect, collect=collect, progress=progress)
 
@@ -275,7 +275,7 @@ class LLMSurgeon(Method):
             return stored
         found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
         with masked(model, plan, graph):
-            self._collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
+            self.collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
         scores, shares = dict[str, Tensor](), dict[str, float]()
         gone = {group.name: sorted(set(range(group.units)) - set(plan.groups[group.name].keep)) for group in groups}
         steps = {group.name: reach(group.units, share) for group in groups}
@@ -300,7 +300,7 @@ class LLMSurgeon(Method):
             progress.drop(f"shot-{shot}/moments")
         return scores
 
-    def _collect(
+    def collect(
         self, model: nn.Module, graph: Graph, layers: Sequence[Layer], data: Data, *, shot: int, seed: int, progress: Progress
     ) -> None:
         """Moments of some layers of the network as the shots before left it."""

@@ -149,7 +149,29 @@ def lines_kept(model: nn.Module, pattern: Pattern) -> dict[str, tuple[Tensor | N
 def _lines(
     layers: Sequence[Layer], stays: dict[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
 ) -> None:
-    """Rows and columns, over all matrices or of each by itself.
+    """Rows and columns, over all matrices or of each by itself."""
+    chosen = _lines_to_go(layers, stays, asked, remove, shot=shot, progress=progress)
+    for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
+        rows, columns = stays[layer.path].lines(layer)
+        gone_rows, gone_columns = chosen[layer.path]
+        stays[layer.path] = Stays(~gone_rows, ~gone_columns, ~gone_rows[:, None] & ~gone_columns)
+        matrix = torch.zeros(layer.rows, layer.columns, dtype=torch.float64)
+        if asked.update:
+            weight, curvature = _part(layer, rows, columns, asked, shot, progress)
+            gone = torch.isin(rows, gone_rows.nonzero().flatten()), torch.isin(columns, gone_columns.nonzero().flatten())
+            at = rows[:, None], columns
+            matrix[at] = without_rows_and_columns(weight, curvature, *(side.nonzero().flatten() for side in gone))
+        else:
+            kept = stays[layer.path].lines(layer)
+            at = kept[0][:, None], kept[1]
+            matrix[at] = layer.matrix()[at]
+        layer.write(matrix)
+
+
+def _lines_to_go(
+    layers: Sequence[Layer], stays: Mapping[str, Stays], asked: Sparsity, remove: int, *, shot: int, progress: Progress
+) -> dict[str, Lines]:
+    """The rows and columns that are gone after a shot.
 
     Ladders reach as far as what is chosen by them, and lines below cost no less than the last on them.
     """
@@ -176,21 +198,7 @@ def _lines(
                 short.append(layer)
                 steps[layer.path] = further
     tell_clipped(shares)
-    for layer in tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2):
-        rows, columns = stays[layer.path].lines(layer)
-        gone_rows, gone_columns = chosen[layer.path]
-        stays[layer.path] = Stays(~gone_rows, ~gone_columns, ~gone_rows[:, None] & ~gone_columns)
-        matrix = torch.zeros(layer.rows, layer.columns, dtype=torch.float64)
-        if asked.update:
-            weight, curvature = _part(layer, rows, columns, asked, shot, progress)
-            gone = torch.isin(rows, gone_rows.nonzero().flatten()), torch.isin(columns, gone_columns.nonzero().flatten())
-            at = rows[:, None], columns
-            matrix[at] = without_rows_and_columns(weight, curvature, *(side.nonzero().flatten() for side in gone))
-        else:
-            kept = stays[layer.path].lines(layer)
-            at = kept[0][:, None], kept[1]
-            matrix[at] = layer.matrix()[at]
-        layer.write(matrix)
+    return chosen
 
 
 def _chosen(losses: Mapping[str, tuple[Tensor, Tensor]], *, remove: int, asked: Sparsity) -> dict[str, Lines]:
