@@ -303,7 +303,7 @@ class LLMSurgeon(Method):
     def collect(
         self, model: nn.Module, graph: Graph, layers: Sequence[Layer], data: Data, *, shot: int, seed: int, progress: Progress
     ) -> None:
-        """Moments of some layers of the network as the shots before left it."""
+        """Notes the moments of some layers, of the network as the shots before left it, once for every shot."""
         if progress.noted(f"shot-{shot}/collected"):
             return
         columns = {layer.path: layer.columns for layer in layers}
