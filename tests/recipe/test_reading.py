@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import pytest
 
 from resect.errors import UsageError
 from resect.recipe import read_recipe
+from resect.recipe.reading import assigned, read_values
 
 
 def test_assignments_lie_over_values_over_the_file(tmp_path: Path) -> None:
@@ -30,6 +32,21 @@ def test_assigned_values_are_yaml(assignment: str, found: object) -> None:
     for key in assignment.partition("=")[0].split("."):
         recipe = recipe[key]
     assert recipe == found or (found is True and recipe["prompt"] == 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2:4", "2:4"), ("1:30:59", "1:30:59"), ("1e-4", 1e-4), ("-1.5E+3", -1500.0), (".5", 0.5), ("3.", 3.0),
+        ("12", 12), ("-3", -3), ("1_000", 1000), ("0x10", 16), ("-.inf", -inf), ("e5", "e5"), ("1.2.3", "1.2.3"),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, found: object, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: demo\nsettings:\n  mode: {text}\n")
+    for value in (assigned(f"mode={text}")["mode"], read_values(file)["settings"]["mode"]):
+        assert value == found
+        assert type(value) is type(found)
 
 
 @pytest.mark.parametrize("assignment", ["keep", "=3", "a..b=3", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,25 @@ from pydantic import ValidationError
 from resect.errors import UsageError, nearest
 from resect.explain import explain
 from resect.recipe.schema import EvaluationSection, Recipe
+
+INTEGER, DECIMAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2: 2:4 is text, not minutes and seconds, and 1e-4 a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in (INTEGER, DECIMAL)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?[0-9][0-9_]*$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    DECIMAL,
+    re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
 
 
 def read_recipe(
@@ -45,7 +65,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"There is no recipe {str(path)!r}. {_beside(file)}".rstrip())
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         said = " ".join(str(problem).split())
         raise UsageError(f"The recipe {path} is not YAML: {said}.") from problem
@@ -61,7 +81,7 @@ def assigned(assignment: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise UsageError(f"--set {assignment!r} was given; it is written place=value, like settings.criterion=l2.")
     try:
-        value: Any = yaml.safe_load(text)
+        value: Any = yaml.load(text, _Loader)
     except yaml.YAMLError as problem:
         raise UsageError(f"--set {assignment!r}: {text!r} is not YAML. Quote it, like {place}='\"...\"'.") from problem
     for key in reversed(keys):
