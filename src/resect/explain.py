@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -19,18 +19,24 @@ LIMITS = {
 """Words for numbers out of range, by pydantic's names."""
 
 
-def explain(problem: ValidationError, kind: type[BaseModel], *, at: str = "") -> str:
-    """A line for everything that is wrong with the values for a model of `kind`, which stands at the place `at`."""
-    return "\n".join(dict.fromkeys(_line(error, kind, at) for error in problem.errors()))
+def explain(
+    problem: ValidationError, kind: type[BaseModel], *, at: str = "", besides: Mapping[str, type[BaseModel]] | None = None
+) -> str:
+    """A line for everything that is wrong with the values for a model of `kind`, which stands at the place `at`.
+
+    `besides` are sections that the values decide about, where names may have been meant to stand.
+    """
+    return "\n".join(dict.fromkeys(_line(error, kind, at, besides or {}) for error in problem.errors()))
 
 
-def _line(error: ErrorDetails, kind: type[BaseModel], at: str) -> str:
+def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[str, type[BaseModel]]) -> str:
     trail = [part for part in error["loc"] if part != "[key]"]
     place = ".".join(filter(None, [at, *map(str, trail)]))
     given, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         name, here = str(trail[-1]), _section(kind, trail[:-1])
         below = [".".join([*map(str, trail[:-1]), found]) for found in _below(here, name)]
+        below += [f"{section}.{name}" for section, one in besides.items() if len(trail) == 1 and name in one.model_fields]
         hint = f"Did you mean {' or '.join(map(repr, below))}?" if below else nearest(name, list(here.model_fields))
         return f"There is no key {place!r}. {hint}"
     if error["type"] == "missing":

@@ -221,7 +221,10 @@ class Recipe(Section):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as problem:
-            raise UsageError(explain(problem, cls)) from problem
+            from resect.methods import METHODS
+
+            method = METHODS.get(str(values.get("method", cls.model_fields["method"].default)))
+            raise UsageError(explain(problem, cls, besides={"settings": method} if method else {})) from problem
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
