@@ -4,14 +4,16 @@
     python benchmarks/surgeon.py ... --only coupled-1 coupled-5     # some rows, put into the table that is there
 
 A run of many shots is measured on its way, wherever a share of the table is reached. Rows are written as they come, and a run
-that was cut short goes on from its last shot (`--work`). What is measured is the masked network, which the cut one equals.
-Settings that begin with the same moments share them, and their seconds do not count those. Several processes divide the settings
-among them with `--only`, each with its own `--work` and `--output`; `python benchmarks/record.py surgeon PART PART` joins them.
+that was cut short goes on from its last shot (`--work`). What is measured is the masked network, which the cut one equals, on
+two texts that it has not seen and on the one it was calibrated on. Settings that begin with the same moments share them, and
+their seconds do not count those. Several processes divide the settings among them with `--only`, each with its own `--work` and
+`--output`; `python benchmarks/record.py surgeon PART PART` joins them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -84,7 +86,9 @@ class Table:
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         wikitext = evaluation_tokens(asked.wikitext, tokenizer, limit=asked.limit)
         c4 = evaluation_tokens(asked.c4, tokenizer, limit=min(asked.limit, 32768))
+        fitted = calibration.tokens[:: math.ceil(calibration.tokens.numel() / asked.limit)]
         self.texts = {"WikiText-2@128": (wikitext, 128), "C4@1024": (c4, 1024)}
+        self.texts["calibration"] = (fitted.flatten(), asked.length)
         self.about = {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}
         self.work = Path(asked.work)
         self.shares = tuple(asked.shares)

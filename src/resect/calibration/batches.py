@@ -50,9 +50,9 @@ def calibrate(
 
     Each source is a text, JSON or JSONL file (``file.jsonl:column``), a hub data set by short name or as
     ``name:config:split:column``, ``demo``, or ``self``: text that `model` writes. No source means ``self``.
-    Several sources give equal shares. Windows are random crops of documents that are long enough (as LLM-Pruner draws
-    them); where there are too few, all documents are packed into one stream, end-of-text between them, and windows are
-    drawn from that.
+    Several sources give equal shares, one named twice a single one. Windows are random crops of documents that are long
+    enough (as LLM-Pruner draws them); where there are too few, all documents are packed into one stream, end-of-text between
+    them, and windows are drawn from that.
     Errors: `UsageError` for what cannot be meant, `DataError` for text that is missing, unreadable or too short.
     """
     names = _names(source)

@@ -5,10 +5,10 @@ The paper names its stages and criteria; public code does not exist. Rank, learn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,6 +46,9 @@ class Analysis(BaseModel):
 
 class LoRAShear(Method):
     """Settings of the method; docs/methods.md says which are the paper's."""
+
+    recovery: ClassVar[Mapping[str, Any] | None] = {"mixture": {"kind": "dynamic"}, "distillation": {"weight": 0}}
+    """The dense model measures how far sources are behind, and does not teach."""
 
     kinds: tuple[Literal["heads", "channels", "experts"], ...] = ("heads", "channels")
     analysis: Analysis | None = Analysis()

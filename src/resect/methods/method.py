@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,6 +39,9 @@ class Method(BaseModel, ABC):
     """Settings of a method."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recovery: ClassVar[Mapping[str, Any] | None] = None
+    """Settings of the recovery that the method ends with; None: it ends with the cut."""
 
     compensation: Compensation | None = None
     """Whether and how layers that read removed units are updated."""

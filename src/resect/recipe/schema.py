@@ -112,8 +112,6 @@ class EvaluationSection(Section):
     """Whether the prompts are messages, put into the tokenizer's chat template."""
 
 
-DYNAMIC = {"mixture": {"kind": "dynamic"}, "distillation": {"weight": 0}}
-"""Recovery as LoRAShear has it: the dense model measures, and does not teach."""
 DENSE = "dense"
 """The name by which a recipe means the model that it prunes, as it was."""
 
@@ -202,18 +200,23 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _last_stages(cls, values: Any) -> Any:
-        """LoRAShear ends with recovery, in a dynamic mixture of its calibration text unless something else is said."""
-        if not isinstance(values, Mapping) or values.get("method") != "lorashear" or values.get("recovery", {}) is None:
+    def _last_stage(cls, values: Any) -> Any:
+        """A method that ends with recovery does so on its calibration text, unless something else is said."""
+        if not isinstance(values, Mapping) or "method" not in values or values.get("recovery", {}) is None:
+            return values
+        from resect.methods import METHODS
+
+        kind = METHODS.get(str(values["method"]))
+        if kind is None or kind.recovery is None:
             return values
         calibration, asked = values.get("calibration"), _learning(values.get("recovery", {}))
         source = _several(calibration.get("source")) if isinstance(calibration, Mapping) else None
         if not (source or asked):
             raise ValueError(
-                "method = lorashear ends with recovery, and no text is named for it. Name one (--recover FILE, or --data FILE "
-                "for calibration too), or stop before it (recovery=null)."
+                f"method = {values['method']} ends with recovery, and no text is named for it. Name one (--recover FILE, or "
+                "--data FILE for calibration too), or stop before it (recovery=null)."
             )
-        return {**values, "recovery": {"data": source, "settings": DYNAMIC, **asked}}
+        return {**values, "recovery": {"data": source, "settings": kind.recovery, **asked}}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:

@@ -61,12 +61,12 @@ def recover(
     """Trains `model` on `data` and gives it back merged, in place; any causal language model, pruned or not.
 
     Low-rank terms on every linear layer of the blocks, or all weights (`settings.full`). `data` names sources: JSON or JSONL
-    files of instructions, conversations or text, text files, hub data sets, `demo`; some of each is held out, and the state
-    with the lowest held-out loss is the result. A `teacher` adds its distribution over the next token to what is learnt, and
-    is what a dynamic mixture measures against. Zeros of the layers that `keep_zeros` names stay zero. States are noted in
-    the directory `progress`, from where `resume` goes on as if nothing had happened; `say` is told of every evaluation.
-    Runs in as many processes as torchrun or accelerate launch start. Raises `DataError`, `UsageError`, `ModelError` and
-    `NumericsError`; low-rank terms are then taken off again, and the model is what it was.
+    files of instructions, conversations or text, text files, hub data sets, `demo`, each once; some of each is held out, and
+    the state with the lowest held-out loss is the result. A `teacher` adds its distribution over the next token to what is
+    learnt, and is what a dynamic mixture measures against. Zeros of the layers that `keep_zeros` names stay zero. States are
+    noted in the directory `progress`, from where `resume` goes on as if nothing had happened; `say` is told of every
+    evaluation. Runs in as many processes as torchrun or accelerate launch start. Raises `DataError`, `UsageError`,
+    `ModelError` and `NumericsError`; low-rank terms are then taken off again, and the model is what it was.
     """
     settings = settings or Recovery()
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
