@@ -142,7 +142,8 @@ def network(inplace: bool = True) -> tuple[nn.Module, Graph]:
 
 
 @pytest.mark.parametrize("family", LINEARS)
-def test_moments_are_those_of_what_goes_in_and_of_its_gradients(family: str) -> None:
+def test_moments_are_those_of_what_goes_in_and_of_its_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resect.statistics.curvature.PANEL", 7)  # several, the last of them narrower
     model, graph = exact(family)
     batches = [random_tokens(2, 9, seed=1), random_tokens(1, 9, seed=2), random_tokens(3, 5, seed=3)]
     predictions = 3 * 8 + 3 * 4
@@ -150,6 +151,7 @@ def test_moments_are_those_of_what_goes_in_and_of_its_gradients(family: str) -> 
     seen = explicit(copy_of(model), paths_of(family), batches, next_token_loss)
     for path, moments in found.items():
         assert_seen(moments, seen[path], predictions)
+        assert torch.equal(moments.inputs.tril(-7), moments.inputs.triu(7).mT)
     assert loss == pytest.approx(sum(float(next_token_loss(model, batch).detach()) for batch in batches) / predictions, rel=1e-12)
 
 
@@ -442,7 +444,7 @@ def test_activations_alone_need_no_gradients(whole: bool, monkeypatch: pytest.Mo
     expected_loss, expected = collected(model, batches, graph, paths_of("gpt2"))
     if whole:
         in_one_pass(monkeypatch)
-    monkeypatch.setattr("resect.statistics.curvature._take_gradient", _refuse)
+    monkeypatch.setattr(Moments, "take_gradients", _refuse)
     loss, found = collected(model, batches, graph, paths_of("gpt2"), fisher="activations")
     assert loss is None
     for path, moments in found.items():

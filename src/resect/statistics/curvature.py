@@ -38,6 +38,8 @@ DEAD = 1e-30
 """The diagonal of a factor of zeros: what goes there costs next to nothing, and can still be divided by."""
 RAISES = 4
 """How often damping is raised tenfold before a factor is given up."""
+PANEL = 384
+"""Columns of a second moment that are added to at a time, so that little more than half of the symmetric matrix is."""
 SECOND = ("second_inputs", "second_gradients")
 """The factors of a second term among the tensors of moments."""
 
@@ -62,6 +64,24 @@ class Moments:
         like = layer.weight.new_empty(0, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
         square = like.new_zeros(layer.rows, layer.rows) if gradients else None
         return cls(like.new_zeros(layer.columns, layer.columns), square)
+
+    def take_inputs(self, x: Tensor) -> None:
+        """Adds what a call of the layer took in, [positions, columns]; `mirror` has to follow the last."""
+        _add_square(self.inputs, x)
+        self.positions += len(x)
+
+    def take_gradients(self, g: Tensor) -> None:
+        """Adds the gradients of what a call of the layer put out, [positions, rows]; `mirror` has to follow the last."""
+        assert self.gradients is not None
+        _add_square(self.gradients, g)
+
+    def mirror(self) -> None:
+        """Makes the sums symmetric, of which only one half was added to."""
+        for sums in (self.inputs, self.gradients):
+            if sums is not None:
+                for start in range(PANEL, len(sums), PANEL):
+                    panel = slice(start - PANEL, start)
+                    sums[panel, start:] = sums[start:, panel].mT
 
     def __add__(self, other: Moments) -> Moments:
         """Sums over both."""
@@ -193,6 +213,13 @@ def tell_clipped(kept: Mapping[str, float]) -> None:
         )
 
 
+def _add_square(sums: Tensor, rows: Tensor) -> None:
+    """Adds `Xᵀ X` of rows [positions, n] to the lower panels of [n, n]."""
+    for start in range(0, len(sums), PANEL):
+        panel = slice(start, start + PANEL)
+        sums[start:, panel].addmm_(rows[:, start:].mT, rows[:, panel])
+
+
 def _inverse(factor: Tensor) -> Tensor:
     found: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(factor))
     return found
@@ -306,6 +333,8 @@ class Watched:
 
     def passed(self, predictions: int, *, last: bool) -> None:
         """All data went by, with so many predictions, perhaps for the last time."""
+        if not self.collected:
+            self.moments.mirror()
         self.moments.predictions, self.collected = predictions, True
         if self.fit:
             A, G = self.moments.means()
@@ -434,21 +463,14 @@ def _take(watched: Watched, counted: Sequence[Tensor | None], module: nn.Module,
         chosen = real.flatten().to(inputs.device)
         inputs = inputs[chosen]
     if not watched.collected:
-        moments.inputs.addmm_(inputs.T, inputs)
-        moments.positions += len(inputs)
+        moments.take_inputs(inputs)
     if moments.gradients is None or not output.requires_grad:
         return
     if not watched.collected:
-        output.register_hook(lambda gradient: _take_gradient(layer, moments, gradient))
+        output.register_hook(lambda gradient: moments.take_gradients(layer.outputs(gradient)))
     if fit := watched.fit:
         inputs = inputs.clone()  # others may write into what it took in
         output.register_hook(lambda gradient: _take_pairs(layer, fit, inputs, chosen, gradient))
-
-
-def _take_gradient(layer: Layer, moments: Moments, gradient: Tensor) -> None:
-    found = layer.outputs(gradient)
-    assert moments.gradients is not None
-    moments.gradients.addmm_(found.T, found)
 
 
 def _take_pairs(layer: Layer, fit: residual.Fit, inputs: Tensor, chosen: Tensor | None, gradient: Tensor) -> None:

@@ -113,8 +113,9 @@ class Prefix:
             seen = self._inputs(self.chain.blocks[self.number], layers, self._inside, calls[self.number], now)
             for path, inputs in seen.items():
                 for x in inputs:
-                    found[path].inputs.addmm_(x.T, x)
-                    found[path].positions += len(x)
+                    found[path].take_inputs(x)
+        for moments in found.values():
+            moments.mirror()
         return found
 
     @property
