@@ -24,7 +24,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-KEYS = ("share", "kept", "criterion", "layout", "settings", "seed", "computed in")
+KEYS = ("share", "kept", "criterion", "layout", "settings", "steps", "seed", "computed in")
 """What tells the rows of a table apart."""
 
 

@@ -21,18 +21,19 @@ from resect.evaluation import perplexity
 
 def ways(steps: int) -> dict[str, dict[str, int]]:
     """The settings that are compared, each of so many gradient steps; what is not trained has the fewest there can be."""
-    warmup, periods = steps // 10, 4
-    fading = steps * 6 // 10 // periods
-    rest = steps - warmup - periods * fading
+    warmup, periods, fading = steps // 10, 4, steps * 6 // 10
+
+    def faded(*, warmup: int, periods: int, fading: int) -> dict[str, int]:
+        each = fading // periods
+        settled = steps - warmup - periods * each
+        return {"warmup_steps": warmup, "periods": periods, "period_steps": each, "settle_steps": settled}
+
     return {
         "untrained": {"warmup_steps": 0, "periods": 1, "period_steps": 1, "settle_steps": 0},
-        "cut, then trained": {"warmup_steps": 0, "periods": 1, "period_steps": 1, "settle_steps": steps - 1},
-        "faded in one period": {
-            "warmup_steps": warmup, "periods": 1, "period_steps": periods * fading, "settle_steps": rest
-        },
-        "faded in four periods": {
-            "warmup_steps": warmup, "periods": periods, "period_steps": fading, "settle_steps": rest
-        },
+        "cut, then trained": faded(warmup=0, periods=1, fading=1),
+        "faded in a fifth of the steps": faded(warmup=0, periods=1, fading=steps // 5),
+        "faded in one period": faded(warmup=warmup, periods=1, fading=fading),
+        "faded in four periods": faded(warmup=warmup, periods=periods, fading=fading),
     }
 
 
@@ -54,12 +55,12 @@ def main() -> None:
     c4 = evaluation_tokens(asked.c4, tokenizer, limit=min(asked.limit, 32768))
     stored = RESULTS / f"{asked.output}.json"
     rows: list[dict[str, Any]] = json.loads(stored.read_text())["rows"] if stored.exists() else []
-    about = {"asked": {k: v for k, v in vars(asked).items() if k not in ("only", "seeds", "keep")}, **environment()}
+    about = {"asked": {k: v for k, v in vars(asked).items() if k not in ("only", "seeds", "keep", "steps")}, **environment()}
     for seed in asked.seeds:
         calibration = calibrate(asked.calibration, tokenizer, samples=asked.samples, length=asked.length, seed=seed)
         for keep in asked.keep:
             for way, settings in ways(asked.steps).items():
-                place = {"settings": way, "criterion": asked.criterion, "kept": keep, "seed": seed}
+                place = {"settings": way, "criterion": asked.criterion, "kept": keep, "steps": asked.steps, "seed": seed}
                 if any(place.items() <= row.items() for row in rows) or (asked.only and way not in asked.only):
                     continue
                 model, start = resect.load(asked.model), time.perf_counter()
@@ -78,7 +79,7 @@ def main() -> None:
                     found["C4@1024"] = perplexity(model, c4, window=1024).value
                 rows.append({**place, **found, **facts})
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-                rows.sort(key=lambda row: (-row["kept"], row["criterion"], row["settings"], row["seed"]))
+                rows.sort(key=lambda row: (-row["kept"], row["criterion"], row["steps"], row["settings"], row["seed"]))
                 write(asked.output, about, rows)
 
 
