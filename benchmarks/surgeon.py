@@ -27,7 +27,7 @@ import resect
 from resect.calibration import calibrate, evaluation_tokens
 from resect.checkpoint import Progress
 from resect.evaluation import perplexity
-from resect.methods import Compensation, LLMPruner, LLMSurgeon, Method
+from resect.methods import Compensation, LLMPruner, LLMSurgeon, Method, Trials
 from resect.methods.compensation import compensate
 from resect.methods.sparsity import matrices as matrices_of
 from resect.plan import Plan, select
@@ -45,6 +45,8 @@ SURGEONS: dict[str, tuple[int, dict[str, Any]]] = {
     "coupled-1, sampled labels": (1, {"fisher": "sampled"}),
     "coupled-1, damping 0.03 and 0.1": (1, {"damping": 0.03, "damping_gradients": 0.1}),
     "coupled-1, spread 1.5": (1, {"spread": 1.5}),
+    "coupled-1, trials": (1, {"trials": Trials()}),
+    "coupled-5, trials": (5, {"trials": Trials()}),
     "coupled-5, spread 1.5": (5, {"spread": 1.5}),
     **{f"rows-columns-{shots}": (shots, {"mode": "rows-columns"}) for shots in (1, 5, 20)},
     **{f"rows-columns-{shots}, no updates": (shots, {"mode": "rows-columns", "compensation": None}) for shots in (1, 5, 20)},
@@ -144,11 +146,15 @@ class Table:
 
 
 def one_shot(table: Table, name: str, method: LLMSurgeon) -> None:
-    """Scores once, a plan and an update for every share."""
-    if all(table.has(name, share) for share in table.shares):
-        return
-    progress, asked = table.progress(name, method), {"keep": min(table.shares), "of": "blocks", "layout": "per-layer", "align": 1}
-    start = time.perf_counter()
+    """Scores once, or for every share where trials depend on it; a plan and an update for every share."""
+    for shares in [[share] for share in table.shares] if method.trials else [list(table.shares)]:
+        if missing := [share for share in shares if not table.has(name, share)]:
+            _one_shot(table, name, method, missing)
+
+
+def _one_shot(table: Table, name: str, method: LLMSurgeon, shares: list[float]) -> None:
+    progress = table.progress(f"{name} {shares[0]}" if method.trials else name, method)
+    asked, start = {"keep": min(shares), "of": "blocks", "layout": "per-layer", "align": 1}, time.perf_counter()
     _, _, scores = next(method.shots_of(table.model, table.graph, table.data, asked, progress=progress))
     scored = time.perf_counter() - start
 
@@ -156,16 +162,15 @@ def one_shot(table: Table, name: str, method: LLMSurgeon) -> None:
         found = progress.get(f"shot-1/moments/{path}")
         return Moments.of(found) if found else None
 
-    for share in table.shares:
-        if not table.has(name, share):
-            plan = select(table.graph, scores, keep=share, kinds=KINDS, spread=method.spread)
-            start = time.perf_counter()
-            if made := method.compensation:
-                given = known if made.inputs == "dense" else lambda path: None
-                compensate(table.model, table.graph, plan, table.data, made, known=given)
-            with masked(table.model, plan, table.graph):
-                table.row(name, share, table.kept(plan), seconds=scored + time.perf_counter() - start)
-            table.fresh()
+    for share in shares:
+        plan = select(table.graph, scores, keep=share, kinds=KINDS, spread=method.spread)
+        start = time.perf_counter()
+        if made := method.compensation:
+            given = known if made.inputs == "dense" else lambda path: None
+            compensate(table.model, table.graph, plan, table.data, made, known=given)
+        with masked(table.model, plan, table.graph):
+            table.row(name, share, table.kept(plan), seconds=scored + time.perf_counter() - start)
+        table.fresh()
 
 
 def many_shots(table: Table, name: str, method: LLMSurgeon) -> None:

@@ -189,12 +189,15 @@ class Stopped(BaseException):
     """The power went."""
 
 
-@pytest.mark.parametrize(("inputs", "correction"), [("dense", None), ("pruned", None), ("dense", {"last_epochs": 1})])
+@pytest.mark.parametrize(
+    ("inputs", "correction", "trials"),
+    [("dense", None, None), ("pruned", None, None), ("dense", {"last_epochs": 1}, None), ("dense", None, {"windows": 4})],
+)
 def test_a_run_that_was_cut_short_anywhere_goes_on_to_the_same_bits(
-    inputs: str, correction: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: str, correction: Any, trials: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = FAMILIES["llama"]()
-    settings = {"shots": 3, "compensation": {"inputs": inputs}, "correction": correction}
+    settings = {"shots": 3, "compensation": {"inputs": inputs}, "correction": correction, "trials": trials}
     whole = copy_of(dense)
     expected = surgeon(whole, settings=settings)
     put, note, left = Progress.put, Progress.note, [-1]

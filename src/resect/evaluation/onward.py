@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from resect.graph import Graph
+from resect.graph import Graph, Group
 
 PROBE = 16
 """Tokens on which passing over blocks is tried."""
@@ -108,3 +108,9 @@ def _standing_in(block: nn.Module, output: Any) -> Iterator[None]:
             del vars(block)["forward"]
         else:
             vars(block)["forward"] = before
+
+
+def first_block(graph: Graph, group: Group) -> int:
+    """The block from which on runs differ when a group loses units: the one with all its parameters, or 0 if there is none."""
+    inside = {graph.blocks.layer_of(member.parameter) for member in group.members}
+    return group.layer if group.layer is not None and inside <= {group.layer} else 0

@@ -8,6 +8,7 @@ from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.lorashear import LoRAShear
 from resect.methods.method import Method
 from resect.methods.prune import METHODS, Result, method_settings, prune
+from resect.methods.trials import Trials
 from resect.methods.vocabulary import Vocabulary, vocabulary_plan
 from resect.report import Knowledge
 
@@ -20,6 +21,7 @@ __all__ = [
     "LoRAShear",
     "Method",
     "Result",
+    "Trials",
     "Vocabulary",
     "analyze",
     "check_budget",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resect.calibration import digest, evaluation_tokens
 from resect.errors import NumericsError, UsageError, nearest
-from resect.evaluation import Onward, Perplexity, evaluating, exponential, perplexity, summed_nats, windows_of
+from resect.evaluation import Onward, Perplexity, evaluating, exponential, first_block, perplexity, summed_nats, windows_of
 from resect.graph import KINDS, VOCABULARY, Graph, Group, trace
 from resect.plan import Kept, Plan
 from resect.report import GroupKnowledge, Knowledge, Removal, TextPerplexity, machine, versions
@@ -116,8 +116,8 @@ def _tested(trial: Trial, groups: Sequence[Group], orders: dict[str, Tensor], ra
     counts = {group.name: [_count(trial.graph, group, ratio) for ratio in ratios] for group in groups}
     found: dict[str, GroupKnowledge] = {}
     with tqdm(total=sum(len(set(some)) for some in counts.values()), desc="analysis", unit="removal", disable=None) as bar:
-        for group in sorted(groups, key=lambda group: _first_block(trial.graph, group)):
-            trial.onward.advance_to(_first_block(trial.graph, group))
+        for group in sorted(groups, key=lambda group: first_block(trial.graph, group)):
+            trial.onward.advance_to(first_block(trial.graph, group))
             measured: dict[int, float] = {}
             for count in dict.fromkeys(counts[group.name]):
                 measured[count] = trial.nats(group, orders[group.name][:count].tolist())
@@ -131,12 +131,6 @@ def _tested(trial: Trial, groups: Sequence[Group], orders: dict[str, Tensor], ra
                 name=group.name, kind=group.kind, layer=group.layer, units=group.units, damage=lost, removals=removals
             )
     return [found[group.name] for group in groups]
-
-
-def _first_block(graph: Graph, group: Group) -> int:
-    """The block that all parameters of a group are in; 0, so that the whole model runs, if they are in several or outside."""
-    inside = {graph.blocks.layer_of(member.parameter) for member in group.members}
-    return group.layer if group.layer is not None and inside <= {group.layer} else 0
 
 
 def _count(graph: Graph, group: Group, ratio: float) -> int:

@@ -22,9 +22,10 @@ from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Shot, Units
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
+from resect.methods.trials import Trials, tried
 from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
-from resect.saliency import Reader, ladder, reach
+from resect.saliency import Ladder, Reader, ladder, reach
 from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
 from resect.surgery import check_gatherable, masked, reading
 
@@ -41,6 +42,7 @@ class LLMSurgeon(Method):
     damping: float = Field(default=0.01, ge=0)
     damping_gradients: float | None = Field(default=None, ge=0)
     compensation: Compensation | None = Compensation()
+    trials: Trials | None = None
     ladders: bool = True
     gather: bool = True
     max_correlate: int | None = Field(default=None, ge=1)
@@ -50,9 +52,14 @@ class LLMSurgeon(Method):
     spread: float | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _has_gradients(self) -> LLMSurgeon:
+    def _fits_together(self) -> LLMSurgeon:
         if self.terms == 2 and self.fisher in WITHOUT_GRADIENTS:
             raise ValueError(f"terms = 2 fits a second term to gradients, and fisher = {self.fisher!r} has none. Use terms = 1.")
+        if self.trials and not (self.coupled and self.fisher not in WITHOUT_GRADIENTS):
+            raise ValueError(
+                "trials compare what whole units cost with the nats that they were priced at: they need mode = 'coupled' and a "
+                f"fisher with gradients; mode = {self.mode!r}, fisher = {self.fisher!r}. Use trials = null."
+            )
         return self
 
     @property
@@ -276,29 +283,70 @@ class LLMSurgeon(Method):
         found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
         with masked(model, plan, graph):
             self.collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
-        scores, shares = dict[str, Tensor](), dict[str, float]()
+        ladders, prices, shares = dict[str, Ladder](), dict.fromkeys((group.name for group in groups), 1.0), dict[str, float]()
         gone = {group.name: sorted(set(range(group.units)) - set(plan.groups[group.name].keep)) for group in groups}
         steps = {group.name: reach(group.units, share) for group in groups}
-        short = groups
-        while short:
-            for group in tqdm(short, desc=f"ladders, shot {shot}", leave=False, delay=2):
-                layers = []
-                for layer, columns in readers(model, graph, group):
-                    moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
-                    curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
-                    layers.append(Reader(layer.matrix(), curvature, columns))
-                    shares[layer.path] = curvature.kept
-                name = group.name
-                scores[name] = ladder(layers, gone=gone[name], steps=steps[name]).scores(group.units)
-                scores[name][gone[name]] = 0
-            went = {name: kept.removed - len(gone[name]) for name, kept in chosen(scores).groups.items() if name in gone}
-            short = [group for group in groups if went[group.name] > steps[group.name]]
-            steps |= {group.name: 2 * went[group.name] for group in short}
+
+        def scored() -> tuple[dict[str, Tensor], dict[str, int]]:
+            """Scores by ladders that reach as far as what is chosen by them, and how many units of each group that is."""
+            short = [group for group in groups if group.name not in ladders]
+            while True:
+                for group in tqdm(short, desc=f"ladders, shot {shot}", leave=False, delay=2):
+                    layers = []
+                    for layer, columns in readers(model, graph, group):
+                        moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
+                        curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
+                        layers.append(Reader(layer.matrix(), curvature, columns))
+                        shares[layer.path] = curvature.kept
+                    ladders[group.name] = ladder(layers, gone=gone[group.name], steps=steps[group.name])
+                scores = {group.name: prices[group.name] * ladders[group.name].scores(group.units) for group in groups}
+                for name, units in gone.items():
+                    scores[name][units] = 0
+                left = chosen(scores).groups
+                went = {name: left[name].removed - len(units) for name, units in gone.items()}
+                short = [group for group in groups if went[group.name] > steps[group.name]]
+                if not short:
+                    return scores, went
+                steps.update({group.name: 2 * went[group.name] for group in short})
+
+        scores, went = scored()
+        if self.trials:
+            prices |= self._prices(model, graph, groups, ladders, plan, data, counts=went, shot=shot, progress=progress)
+            scores, _ = scored()
         tell_clipped(shares)
         progress.put(f"shot-{shot}/scores", scores)
         if self.compensation is None or self.compensation.inputs == "pruned":
             progress.drop(f"shot-{shot}/moments")
         return scores
+
+    def _prices(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        groups: Sequence[Group],
+        ladders: Mapping[str, Ladder],
+        plan: Plan,
+        data: Data,
+        *,
+        counts: Mapping[str, int],
+        shot: int,
+        progress: Progress,
+    ) -> dict[str, float]:
+        """What multiplies the losses of each group, found by trial."""
+        assert self.trials
+
+        def known(path: str) -> Moments:
+            return _moments(progress, shot, path)
+
+        def update(alone: Plan) -> None:
+            if self.compensation:
+                made = self.compensation.model_copy(update={"inputs": "dense"})
+                compensate(model, graph, alone, data, made, known=known, damping_gradients=self.damped[1])
+
+        if (noted := progress.facts(f"shot-{shot}/trials")) is None:
+            noted = tried(model, graph, groups, ladders, data, self.trials, plan=plan, counts=counts, update=update)
+            progress.note(f"shot-{shot}/trials", **noted)
+        return noted
 
     def collect(
         self, model: nn.Module, graph: Graph, layers: Sequence[Layer], data: Data, *, shot: int, seed: int, progress: Progress
