@@ -90,7 +90,7 @@ class Table:
         c4 = evaluation_tokens(asked.c4, tokenizer, limit=min(asked.limit, 32768))
         fitted = calibration.tokens[:: math.ceil(calibration.tokens.numel() / asked.limit)]
         self.texts = {"WikiText-2@128": (wikitext, 128), "C4@1024": (c4, 1024)}
-        self.texts["calibration"] = (fitted.flatten(), asked.length)
+        self.texts[f"calibration@{asked.length}"] = (fitted.flatten(), asked.length)
         self.about = {"asked": vars(asked) | {"calibration": dict(calibration.provenance)}, **environment()}
         self.work = Path(asked.work)
         self.shares = tuple(asked.shares)

@@ -79,7 +79,10 @@ def main() -> None:
                     found["C4@1024"] = perplexity(model, c4, window=1024).value
                 rows.append({**place, **found, **facts})
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-                rows.sort(key=lambda row: (-row["kept"], row["criterion"], row["steps"], row["settings"], row["seed"]))
+                order = list(ways(asked.steps))
+                rows.sort(
+                    key=lambda row: (-row["kept"], row["criterion"], row["steps"], order.index(row["settings"]), row["seed"])
+                )
                 write(asked.output, about, rows)
 
 

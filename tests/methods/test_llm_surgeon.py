@@ -191,7 +191,7 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize(
     ("inputs", "correction", "trials"),
-    [("dense", None, None), ("pruned", None, None), ("dense", {"last_epochs": 1}, None), ("dense", None, {"windows": 4})],
+    [("dense", None, None), ("pruned", None, None), ("dense", {"last_epochs": 1}, None), ("dense", None, {"predictions": 64})],
 )
 def test_a_run_that_was_cut_short_anywhere_goes_on_to_the_same_bits(
     inputs: str, correction: Any, trials: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,7 @@ def test_factors_are_measured_over_expected(family: str, gone: int, passing: boo
     if not passing:
         monkeypatch.setattr(Onward, "of", classmethod(lambda cls, *_: None))
     before = snapshot(setting.model)
-    found = setting.tried(Trials(windows=12, share=0.25, bounds=UNBOUNDED), BATCHES)
+    found = setting.tried(Trials(share=0.25, bounds=UNBOUNDED), BATCHES)
     assert_untouched(setting.model, before)
     assert len(found) == len(setting.groups) > 2
     for group in setting.groups:
@@ -107,7 +107,7 @@ def test_a_trial_removes_as_many_as_the_ladders_would() -> None:
     setting = Setting("llama")
     group = next(group for group in setting.groups if group.kind == "channels")
     counts = {one.name: 0 for one in setting.groups} | {group.name: group.units // 2}
-    found = setting.tried(Trials(windows=12, bounds=UNBOUNDED), BATCHES, counts=counts)
+    found = setting.tried(Trials(bounds=UNBOUNDED), BATCHES, counts=counts)
     assert found[group.name] == pytest.approx(setting.by_hand(group, group.units // 2, BATCHES), rel=1e-7)
 
 
@@ -116,7 +116,7 @@ def test_padding_counts_for_nothing() -> None:
     mask = torch.ones_like(BATCHES[0])
     mask[0, 7:] = 0
     data = [{"input_ids": batch, "attention_mask": mask} for batch in BATCHES[:2]]
-    found = setting.tried(Trials(windows=4, bounds=UNBOUNDED), data)
+    found = setting.tried(Trials(bounds=UNBOUNDED), data)
     group = setting.groups[0]
     assert found[group.name] == pytest.approx(setting.by_hand(group, max(1, ceil(group.units / 10)), data), rel=1e-7)
 
@@ -150,15 +150,15 @@ def test_groups_that_can_lose_nothing_keep_their_prices() -> None:
     assert setting.tried(Trials(bounds=(2.0, 3.0)), BATCHES, plan=plan)[group.name] == 1
 
 
-@pytest.mark.parametrize(("windows", "chosen"), [(1, [0]), (4, [0, 3]), (5, [0, 2, 4]), (99, [0, 1, 2, 3, 4, 5])])
-def test_windows_are_spread_over_the_text(windows: int, chosen: list[int]) -> None:
-    found = spread(BATCHES, windows)
+@pytest.mark.parametrize(("tokens", "chosen"), [(1, [0]), (48, [0, 3]), (49, [0, 2, 4]), (999, [0, 1, 2, 3, 4, 5])])
+def test_batches_are_spread_over_the_text(tokens: int, chosen: list[int]) -> None:
+    found = spread(BATCHES, tokens)
     assert [next(place for place, batch in enumerate(BATCHES) if batch is one) for one in found] == chosen
 
 
-@pytest.mark.parametrize("batch", [{"input_ids": torch.zeros(4, 3)}, (torch.zeros(4, 2), torch.zeros(4))])
-def test_windows_of_other_batches_are_counted_too(batch: Any) -> None:
-    assert len(spread([batch] * 5, 8)) == 2
+@pytest.mark.parametrize("batch", [{"input_ids": torch.zeros(2, 3)}, (torch.zeros(6, 2), torch.zeros(6))])
+def test_what_other_batches_hold_is_counted_too(batch: Any) -> None:
+    assert len(spread([batch] * 5, 12)) == 2
 
 
 def pruned(model: nn.Module, tokens: Tensor, trials: Any, **options: Any) -> resect.Result:

@@ -29,8 +29,8 @@ class Trials(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    windows: int = Field(default=8, ge=1)
-    """Of the calibration text, spread over all of it, on which they are measured."""
+    predictions: int = Field(default=8192, ge=1)
+    """So many are measured, of batches spread over all calibration data: tokens of a text, samples of a classifier."""
     share: float = Field(default=0.1, gt=0, le=1)
     """A trial removes what the ladders alone would, and this share of the units of a group at least."""
     bounds: tuple[float, float] = (0.7, 3.0)
@@ -55,7 +55,7 @@ def tried(
     makes up for what a plan of one group removes, in place. The model is left bit-identical. On batches of tokens runs begin with
     the block of the group.
     """
-    batches, found = spread(data.batches, asked.windows), dict.fromkeys((group.name for group in groups), 1.0)
+    batches, found = spread(data.batches, asked.predictions), dict.fromkeys((group.name for group in groups), 1.0)
     with evaluating(model), masked(model, plan, graph):
         tokens = all(isinstance(batch, Tensor) and batch.ndim == 2 for batch in batches)
         onward = (Onward.of(model, graph, batches) if tokens else None) or Onward(model, (), batches)
@@ -79,11 +79,12 @@ def tried(
     return found
 
 
-def spread(batches: Sequence[Any], windows: int) -> list[Any]:
-    """Batches at even distances, as many as have so many windows, or all."""
+def spread(batches: Sequence[Any], predictions: int) -> list[Any]:
+    """Batches at even distances, as many as have so many tokens or samples, or all."""
     first = batches[0]
-    size = len(first if isinstance(first, Tensor) else next(iter(first.values())) if isinstance(first, Mapping) else first[0])
-    count = min(len(batches), ceil(windows / size))
+    tokens = first.get("input_ids") if isinstance(first, Mapping) else first
+    size = tokens.numel() if isinstance(tokens, Tensor) else len(first[0])
+    count = min(len(batches), ceil(predictions / size))
     return [batches[place * len(batches) // count] for place in range(count)]
 
 
