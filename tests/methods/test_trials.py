@@ -181,3 +181,9 @@ def test_a_run_prices_by_them() -> None:
 def test_they_need_whole_units_and_nats(settings: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"trials compare .* Use trials = null"):
         resect.prune(FAMILIES["llama"](), method="llm-surgeon", data=BATCHES[0], settings={**settings, "trials": {}})
+
+
+@pytest.mark.parametrize("bounds", [(3.0, 0.7), (float("nan"), 1.0)])
+def test_bounds_are_in_order(bounds: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="the least factor comes first"):
+        Trials(bounds=bounds)

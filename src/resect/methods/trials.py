@@ -12,7 +12,7 @@ from math import ceil, isfinite
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +35,13 @@ class Trials(BaseModel):
     """A trial removes what the ladders alone would, and this share of the units of a group at least."""
     bounds: tuple[float, float] = (0.7, 3.0)
     """The least and the most by which a price changes: one removal of few units on little text is no more certain than that."""
+
+    @field_validator("bounds")
+    @classmethod
+    def _in_order(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not bounds[0] <= bounds[1]:
+            raise ValueError(f"bounds = {list(bounds)}: the least factor comes first, then the most. Write [0.7, 3.0].")
+        return bounds
 
 
 def tried(
