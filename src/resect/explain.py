@@ -10,13 +10,17 @@ from pydantic_core import ErrorDetails
 
 from resect.errors import nearest
 
-LIMITS = {
+MUST = {
     "greater_than": "it must be more than {gt}",
     "greater_than_equal": "it must be at least {ge}",
     "less_than": "it must be less than {lt}",
     "less_than_equal": "it must be at most {le}",
+    "list_type": "it must be a list",
+    "tuple_type": "it must be a list",
+    "too_long": "it must have at most {max_length} entries",
+    "too_short": "it must have at least {min_length} entries",
 }
-"""Words for numbers out of range, by pydantic's names."""
+"""Words for numbers out of range and lists that are none, by pydantic's names."""
 
 
 def explain(
@@ -40,6 +44,8 @@ def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[
         hint = f"Did you mean {' or '.join(map(repr, below))}?" if below else nearest(name, list(here.model_fields))
         return f"There is no key {place!r}. {hint}"
     if error["type"] == "missing":
+        if isinstance(trail[-1], int):
+            return f"{place.rpartition('.')[0]} = {given!r}: it has too few entries."
         return f"{place} is missing. Give it a value."
     if error["type"] == "value_error":  # ours, and a sentence already
         return str(context["error"])
@@ -49,8 +55,8 @@ def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[
         if error["loc"][-1] == "[key]":
             return f"There is no key {place!r}. {hint}"
         return f"{place} = {given!r}: there is no such value. {hint}"
-    if error["type"] in LIMITS:
-        return f"{place} = {given!r}: {LIMITS[error['type']].format(**context)}."
+    if error["type"] in MUST:
+        return f"{place} = {given!r}: {MUST[error['type']].format(**context)}."
     return f"{place} = {given!r}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 

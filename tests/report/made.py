@@ -59,8 +59,12 @@ def full_run() -> RunReport:
     report = complete(protected=["2.heads"], withheld={"heads": "60 does not divide"})
     report.saliency = saliency(*scored())
     report.shots = [
-        ShotSizes(number=n, parameters=1000 - 85 * n, block_parameters=800 - 80 * n, macs=4000, loss=0.125 * n) for n in (1, 2)
-    ]
+        ShotSizes(
+            number=n, parameters=1000 - 85 * n, block_parameters=800 - 80 * n, macs=4000, loss=0.125 * n,
+            prices={group.name: 0.75 + 0.25 * n * group.layer for group in report.groups if group.layer is not None},
+        )
+        for n in (1, 2)
+    ]  # fmt: skip
     points = [
         CurvePoint(parameters=size, block_parameters=size - 200, macs=size * 5, perplexity=value)
         for size, value in ((1000, 20.5), (830, 31.25))

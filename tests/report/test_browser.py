@@ -63,7 +63,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_opens_whole_and_quiet(browser: Any, file: Path) -> None:
     tab = Tab(browser, file)
-    assert tab.drawn() == 7
+    assert tab.drawn() == 8
     assert tab.complaints == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [file.as_uri()]
     page = tab.page

@@ -14,6 +14,7 @@ import pytest
 from resect.report import (
     Measured,
     RunReport,
+    charts,
     knowledge_html,
     recovery_html,
     recovery_markdown,
@@ -88,7 +89,8 @@ def test_every_part_is_there_once_and_can_be_reached(page: Page) -> None:
     assert set(parts) < set(page.ids)
     assert page.headings[0] == "demo, pruned"
     assert page.tables == page.captions
-    assert [chart["name"] for chart in page.charts] == ["kept", "curve", "shots", "scores", "spread", "knowledge", "losses"]
+    names = ["kept", "curve", "shots", "scores", "spread", "prices", "knowledge", "losses"]
+    assert [chart["name"] for chart in page.charts] == names
 
 
 def test_nothing_is_fetched_and_what_models_write_is_only_text(page: Page) -> None:
@@ -118,11 +120,32 @@ def _tables(report: RunReport) -> Iterator[Table]:
     from resect.report import sections
 
     yield sections.headline(report)
-    for made in (sections.scores(report), sections.curve(report), sections.shots(report)):
+    for made in (sections.scores(report), sections.curve(report), sections.shots(report), sections.prices(report)):
         assert made is not None
         yield made
     yield sections.seconds(report.seconds)
     yield sections.made_with(report)
+
+
+def test_prices_are_drawn_of_the_first_shot_and_the_last() -> None:
+    report = full_run()
+    report.shots.insert(1, report.shots[0].model_copy(update={"number": 7}))
+    report.shots[2].number = 12
+    chart = charts.prices(report)
+    assert chart is not None
+    assert [trace["name"] for trace in chart.traces] == [f"{kind}, shot {n}" for n in (1, 12) for kind in ("channels", "heads")]
+    assert [(list(trace["x"]), list(trace["y"])) for trace in chart.traces[1:3]] == [
+        ([0, 1, 2, 3], [0.75, 1.0, 1.25, 1.5]),
+        ([0, 1, 2, 3], [0.75, 1.25, 1.75, 2.25]),
+    ]
+    assert chart.table.header == ["group", "shot 1", "shot 7", "shot 12"]
+    assert chart.table.rows[-1] == ["3.heads", "1.50", "1.50", "2.25"]
+    report.shots = report.shots[:1]
+    chart = charts.prices(report)
+    assert chart is not None
+    assert [trace["name"] for trace in chart.traces] == ["channels", "heads"]
+    report.shots = [report.shots[0].model_copy(update={"prices": {}})]
+    assert charts.prices(report) is None
 
 
 def test_a_report_that_was_read_back_gives_the_same_page() -> None:

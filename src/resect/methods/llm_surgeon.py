@@ -118,8 +118,8 @@ class LLMSurgeon(Method):
         """
         asked = {"keep": keep, "of": of, "layout": layout, "align": align, "protect": protect}
         plan, scores, shots = keep_all(graph.of_kind(*self.kinds)), dict[str, Tensor](), list[Shot]()
-        for _, after, scores in self.shots_of(model, graph, data, asked, seed=seed, progress=progress):
-            shots.append(Shot.of(after, plan, scores))
+        for shot, after, scores in self.shots_of(model, graph, data, asked, seed=seed, progress=progress):
+            shots.append(Shot.of(after, plan, scores, progress.facts(f"shot-{shot}/trials")))
             plan = after
         return plan.model_copy(update={"notes": {"shots": shots}}), scores
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -27,12 +27,15 @@ class Shot:
 
     plan: Plan
     loss: float
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """What multiplied the scores of each group, where trials found it."""
 
     @classmethod
-    def of(cls, plan: Plan, before: Plan, scores: Mapping[str, Tensor]) -> Shot:
+    def of(cls, plan: Plan, before: Plan, scores: Mapping[str, Tensor], prices: Mapping[str, float] | None = None) -> Shot:
         """The step from one plan to the next."""
         gone = {name: sorted(set(before.groups[name].keep) - set(kept.keep)) for name, kept in plan.groups.items()}
-        return cls(plan, sum(float(scores[name][units].double().sum()) for name, units in gone.items() if units))
+        loss = sum(float(scores[name][units].double().sum()) for name, units in gone.items() if units)
+        return cls(plan, loss, dict(prices or {}))
 
 
 class Method(BaseModel, ABC):

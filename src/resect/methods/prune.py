@@ -178,7 +178,10 @@ def prune(
         "budget": facts,
         "seconds": seconds,
         **told,
-        "shots": [_sizes(graph, shot.plan) | {"number": number, "loss": shot.loss} for number, shot in enumerate(shots, 1)],
+        "shots": [
+            _sizes(graph, shot.plan) | {"number": number, "loss": shot.loss, "prices": shot.prices}
+            for number, shot in enumerate(shots, 1)
+        ],
     }
     if vocabulary is not None and not plan_only:
         with _timed(seconds, "tokenizer"):

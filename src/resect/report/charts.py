@@ -201,6 +201,28 @@ def shots(report: RunReport) -> Chart | None:
     return Chart("shots", says, [bars], {**layout, "showlegend": False}, table, 300)
 
 
+def prices(report: RunReport) -> Chart | None:
+    """What trials found of every layer, in the first shot and in the last."""
+    table = sections.prices(report)
+    if table is None:
+        return None
+    tried = [shot for shot in report.shots if shot.prices]
+    traces = []
+    for shot, dash in zip([tried[0], *tried[1:][-1:]], DASHES, strict=False):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for group in report.groups:
+            if group.name in shot.prices and group.layer is not None:
+                points.setdefault(group.kind, []).append((group.layer, shot.prices[group.name]))
+        for number, kind in enumerate(points):
+            name = f"{kind}, shot {shot.number}" if len(tried) > 1 else kind
+            look = {"color": colour_of(kind), "width": 2, "dash": dash}
+            traces.append(_line(name, points[kind], number, "lines+markers") | {"line": look})
+    layout = {"xaxis": {"title": {"text": "layer"}, "showgrid": False}}
+    layout["yaxis"] = {"title": {"text": "measured over expected"}, "rangemode": "tozero"}
+    says = "What removing a part of each group alone cost, over what its scores said; the scores are multiplied by it, in bounds."
+    return Chart("prices", says, traces, layout, table)
+
+
 def losses(report: RunReport) -> Chart | None:
     """The training loss of a method that trains while it prunes."""
     if not report.losses:

@@ -8,7 +8,7 @@ from resect.report.layers import bar, kinds_of, layer_rows, spans
 from resect.report.parts import Table, bullets, inline, markdown
 from resect.report.recovery import facts_markdown
 from resect.report.results import RunReport
-from resect.report.sections import checks, curve, headline, made_with, perplexity_note, scores, seconds, shots
+from resect.report.sections import checks, curve, headline, made_with, perplexity_note, prices, scores, seconds, shots
 from resect.report.words import STATUS, asked, budget_lines, kept_shares, protected_lines, provenance, vocabulary_lines
 
 
@@ -34,6 +34,7 @@ def run_markdown(report: RunReport) -> str:
         "## Kept whole, and why",
         bullets(report.frozen) or "Nothing.",
         *_titled("Scores", scores(report)),
+        *_titled("Prices by trial", prices(report)),
         "## Seconds",
         markdown(seconds(report.seconds)),
         "## Made with",

@@ -43,7 +43,7 @@ def run_html(report: RunReport) -> str:
                 "scores",
                 "What decided: the scores",
                 "A score is what losing a unit is estimated to cost; the lowest go first. Scores of one kind compare.",
-                charts=present(charts.histogram(report), charts.spread(report)),
+                charts=present(charts.histogram(report), charts.spread(report), charts.prices(report)),
             ),
             *([_knowledge(Knowledge.model_validate(report.knowledge))] if report.knowledge else []),
             Section("training", "Training", charts=present(charts.losses(report))),

@@ -271,6 +271,8 @@ class ShotSizes(Record):
     macs: int
     loss: float
     """The summed scores of the units that went in it, when they went."""
+    prices: dict[str, float] = {}
+    """What multiplied the scores of each group, where trials found it."""
 
 
 class CurvePoint(Record):

@@ -106,6 +106,16 @@ def shots(report: RunReport) -> Table | None:
     return Table("What each shot left", header, rows)
 
 
+def prices(report: RunReport) -> Table | None:
+    """What trials found of every group, in every shot."""
+    tried = [shot for shot in report.shots if shot.prices]
+    if not tried:
+        return None
+    rows = [[name, *(f"{shot.prices[name]:.2f}" for shot in tried)] for name in tried[0].prices]
+    header = ["group", *(f"shot {shot.number}" for shot in tried)] if len(tried) > 1 else ["group", "measured over expected"]
+    return Table("What removing a part of each group alone cost, measured over expected", header, rows)
+
+
 def checks(report: RunReport) -> list[str]:
     """How the directory loads, and what was verified."""
     lines = []
