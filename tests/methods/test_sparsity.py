@@ -121,7 +121,7 @@ def test_updates_help(mode: str) -> None:
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize(("mode", "shots"), [("coupled", 3), ("rows-columns", 1), ("rows-columns", 3)])
+@pytest.mark.parametrize(("mode", "shots"), [("coupled", 1), ("coupled", 3), ("rows-columns", 1), ("rows-columns", 3)])
 def test_ladders_reach_as_far_as_they_must(mode: str, shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However far they reach at first, what goes is the same, to the bit."""
     found, taken = {}, dict[float, int]()

@@ -167,14 +167,19 @@ def pruned(model: nn.Module, tokens: Tensor, trials: Any, **options: Any) -> res
 
 
 def test_a_run_prices_by_them() -> None:
+    """What goes with and without them is on the ladders of both, and costs the price times as much."""
     tokens, dense = torch.cat(BATCHES), FAMILIES["llama"]()
-    plain = pruned(copy_of(dense), tokens, None).scores
-    result = pruned(copy_of(dense), tokens, {"bounds": (1e-6, 1e6)})
+    plain, result = (pruned(copy_of(dense), tokens, asked) for asked in (None, {"bounds": (1e-6, 1e6)}))
     (shot,) = result.report["shots"]
-    assert list(shot["prices"]) == list(plain)
-    for name, price in shot["prices"].items():
-        torch.testing.assert_close(result.scores[name], price * plain[name], rtol=1e-9, atol=0)
+    assert list(shot["prices"]) == list(plain.scores)
     assert len({f"{price:.4g}" for price in shot["prices"].values()}) > 1
+    compared = 0
+    for name, price in shot["prices"].items():
+        stay = {unit for one in (plain, result) for unit in one.plan.groups[name].keep}
+        both = sorted(set(range(len(plain.scores[name]))) - stay)
+        torch.testing.assert_close(result.scores[name][both], price * plain.scores[name][both], rtol=1e-9, atol=0)
+        compared += len(both)
+    assert compared > 10
 
 
 @pytest.mark.parametrize(

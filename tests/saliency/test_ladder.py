@@ -154,6 +154,16 @@ def test_scores_never_fall_along_the_order(seed: int) -> None:
     assert (further[staying] >= scores[staying]).all(), "what is below costs no less"
 
 
+def test_what_is_below_rises_with_what_it_costs_alone() -> None:
+    """By how many times it costs more alone than the dearest that goes does; as much as the last that goes at least."""
+    steps = Ladder(torch.tensor([2, 0]), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    alone = torch.tensor([4.0, 10.0, 2.0, 3.0, 6.0, 10.0], dtype=torch.float64)
+    scores = steps.scores(6, alone=alone)
+    assert torch.allclose(scores, torch.tensor([3.0, 7.5, 1.0, 3.0, 4.5, 7.5], dtype=torch.float64), rtol=1e-11, atol=0)
+    assert scores.argsort().tolist() == [2, 0, 3, 4, 1, 5]
+    assert torch.equal(steps.scores(6, alone=torch.zeros(6, dtype=torch.float64)), steps.scores(6))
+
+
 def test_a_loss_that_falls_is_raised_to_the_one_before() -> None:
     steps = Ladder(torch.tensor([2, 0, 3]), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64))
     scores = steps.scores(4)

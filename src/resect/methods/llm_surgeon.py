@@ -14,18 +14,17 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from resect.checkpoint import Progress
 from resect.errors import FewPositions, UsageError
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Shot, Units
+from resect.methods.pricing import Pricing
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.methods.trials import Trials, tried
 from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
-from resect.saliency import Ladder, Reader, ladder, reach
 from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
 from resect.surgery import check_gatherable, masked, reading
 
@@ -144,7 +143,8 @@ class LLMSurgeon(Method):
             def chosen(scores: Mapping[str, Tensor], kept: float = kept) -> Plan:
                 return select(graph, scores, keep=kept, **options)
 
-            share = (1 - asked["keep"]) / self.shots if shot < self.shots else 1.0
+            timed = shot == self.shots and isinstance(asked.get("of"), Cost)  # another plan may be asked for by these scores
+            share = 1.0 if timed else (1 - asked["keep"]) / self.shots / 2
             scores = self._scores(
                 model, graph, groups, plan, data, share=share, chosen=chosen, shot=shot, seed=seed, progress=progress
             )
@@ -275,45 +275,28 @@ class LLMSurgeon(Method):
     ) -> dict[str, Tensor]:
         """What each unit costs after those that go before it; nothing for those that went.
 
-        About a `share` of everything goes. Ladders reach as far as what is `chosen` by them, and units below cost no less than
-        the last on them.
+        A `share` of every group is priced in any case, and whatever is `chosen`.
         """
         if stored := progress.get(f"shot-{shot}/scores"):
             return stored
         found = {layer.path: layer for group in groups for layer, _ in readers(model, graph, group)}
         with masked(model, plan, graph):
             self.collect(model, graph, list(found.values()), data, shot=shot, seed=seed, progress=progress)
-        ladders, prices, shares = dict[str, Ladder](), dict.fromkeys((group.name for group in groups), 1.0), dict[str, float]()
-        gone = {group.name: sorted(set(range(group.units)) - set(plan.groups[group.name].keep)) for group in groups}
-        steps = {group.name: reach(group.units, share) for group in groups}
-
-        def scored() -> tuple[dict[str, Tensor], dict[str, int]]:
-            """Scores by ladders that reach as far as what is chosen by them, and how many units of each group that is."""
-            short = [group for group in groups if group.name not in ladders]
-            while True:
-                for group in tqdm(short, desc=f"ladders, shot {shot}", leave=False, delay=2):
-                    layers = []
-                    for layer, columns in readers(model, graph, group):
-                        moments, (damping, second) = _moments(progress, shot, layer.path), self.damped
-                        curvature = moments.curvature(layer.path, damping=damping, damping_gradients=second)
-                        layers.append(Reader(layer.matrix(), curvature, columns))
-                        shares[layer.path] = curvature.kept
-                    ladders[group.name] = ladder(layers, gone=gone[group.name], steps=steps[group.name])
-                scores = {group.name: prices[group.name] * ladders[group.name].scores(group.units) for group in groups}
-                for name, units in gone.items():
-                    scores[name][units] = 0
-                left = chosen(scores).groups
-                went = {name: left[name].removed - len(units) for name, units in gone.items()}
-                short = [group for group in groups if went[group.name] > steps[group.name]]
-                if not short:
-                    return scores, went
-                steps.update({group.name: 2 * went[group.name] for group in short})
-
-        scores, went = scored()
+        pricing = Pricing(
+            model,
+            graph,
+            groups,
+            {group.name: sorted(set(range(group.units)) - set(plan.groups[group.name].keep)) for group in groups},
+            lambda path: _moments(progress, shot, path),
+            self.damped,
+            chosen,
+            max(share, self.trials.share if self.trials else 0),
+            says=f"ladders, shot {shot}",
+        )
+        scores = pricing.scores()
         if self.trials:
-            prices |= self._prices(model, graph, groups, ladders, plan, data, counts=went, shot=shot, progress=progress)
-            scores, _ = scored()
-        tell_clipped(shares)
+            scores = pricing.scores(self._prices(model, graph, pricing, plan, data, scores, shot=shot, progress=progress))
+        tell_clipped(pricing.kept)
         progress.put(f"shot-{shot}/scores", scores)
         if self.compensation is None or self.compensation.inputs == "pruned":
             progress.drop(f"shot-{shot}/moments")
@@ -323,28 +306,27 @@ class LLMSurgeon(Method):
         self,
         model: nn.Module,
         graph: Graph,
-        groups: Sequence[Group],
-        ladders: Mapping[str, Ladder],
+        pricing: Pricing,
         plan: Plan,
         data: Data,
+        scores: Mapping[str, Tensor],
         *,
-        counts: Mapping[str, int],
         shot: int,
         progress: Progress,
     ) -> dict[str, float]:
         """What multiplies the losses of each group, found by trial."""
         assert self.trials
 
-        def known(path: str) -> Moments:
-            return _moments(progress, shot, path)
-
         def update(alone: Plan) -> None:
             if self.compensation:
                 made = self.compensation.model_copy(update={"inputs": "dense"})
-                compensate(model, graph, alone, data, made, known=known, damping_gradients=self.damped[1])
+                compensate(model, graph, alone, data, made, known=pricing.moments, damping_gradients=self.damped[1])
 
         if (noted := progress.facts(f"shot-{shot}/trials")) is None:
-            noted = tried(model, graph, groups, ladders, data, self.trials, plan=plan, counts=counts, update=update)
+            counts = pricing.went(scores)
+            noted = tried(
+                model, graph, pricing.groups, pricing.ladders, data, self.trials, plan=plan, counts=counts, update=update
+            )
             progress.note(f"shot-{shot}/trials", **noted)
         return noted
 

@@ -24,6 +24,8 @@ from resect.surgery import without_elements, without_elements_in_chunks, without
 
 Collect = Callable[[Sequence[Layer], int], None]
 """Notes the moments of layers for a shot."""
+UNEVEN = 2.4
+"""How many times the common share is likely to go of one side of one matrix, at most."""
 
 
 @dataclass
@@ -178,7 +180,7 @@ def _lines_to_go(
     before = {path: (~found.rows, ~found.columns) for path, found in stays.items()}
     zeros = sum(int((~found.elements).sum()) for found in stays.values())
     share = (remove - zeros) / sum(found.elements.numel() for found in stays.values())
-    steps = {path: [reach(len(side), share) for side in sides] for path, sides in before.items()}
+    steps = {path: [reach(len(side), UNEVEN * share * len(side)) for side in sides] for path, sides in before.items()}
     losses, shares, short = {}, {}, list(layers)
     while short:
         for layer in tqdm(short, desc=f"losses, shot {shot}", leave=False, delay=2):

@@ -23,8 +23,8 @@ NEAR = 4.0
 """How many times larger or smaller `A₁ + t A₂` may be in some direction than what stands for it."""
 PENDING = 128
 """Removed columns that wait until they are taken off the whole of `A⁻¹` and `W` by one matrix product."""
-AHEAD = 3
-"""How many times the share that goes a ladder reaches down at first."""
+AHEAD = 1.25
+"""How many times as far a ladder reaches down as it is likely to be needed."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,22 @@ class Ladder:
     order: Int[Tensor, " removed"]
     losses: Float[Tensor, " removed"]
 
-    def scores(self, units: int) -> Float[Tensor, " units"]:
+    def scores(self, units: int, *, alone: Float[Tensor, " units"] | None = None) -> Float[Tensor, " units"]:
         """A loss for every unit that rises, if only by a hair, along the order, and on among those below its end.
 
-        What is below costs as much as that at least.
+        What is below costs as much as that at least: just that, or in proportion to what it costs `alone`.
         """
-        losses = self.losses.clamp_min(torch.finfo(torch.float64).tiny).cummax(0).values
-        below = torch.ones(units, dtype=torch.bool)
-        below[self.order] = False
-        order = torch.cat([self.order, below.nonzero().flatten()])
+        tiny = torch.finfo(torch.float64).tiny
+        losses = self.losses.clamp_min(tiny).cummax(0).values
+        stays = torch.ones(units, dtype=torch.bool)
+        stays[self.order] = False
+        below, further = stays.nonzero().flatten(), losses[-1:].sum().repeat(int(stays.sum()))
+        if alone is not None and len(losses):
+            below = below[alone[below].argsort(stable=True)]
+            further *= (alone[below] / alone[self.order].max().clamp_min(tiny)).clamp_min(1)
         rises = 1 + 1e-13 * torch.arange(units, dtype=torch.float64)
         scores = torch.empty(units, dtype=torch.float64)
-        scores[order] = torch.cat([losses, losses[-1:].sum().repeat(int(below.sum()))]) * rises
+        scores[torch.cat([self.order, below])] = torch.cat([losses, further]) * rises
         return scores
 
 
@@ -58,9 +62,9 @@ class Reader:
     columns: Int[Tensor, "units width"]
 
 
-def reach(units: int, share: float) -> int:
-    """How many steps of a ladder are enough, as a rule, where a share of everything goes."""
-    return min(units, max(1, ceil(AHEAD * share * units)))
+def reach(units: int, likely: float) -> int:
+    """How many steps of a ladder are enough, as a rule, where so many of its units are likely to go."""
+    return min(units, max(1, ceil(AHEAD * likely)))
 
 
 def ladder(readers: Sequence[Reader], *, steps: int | None = None, gone: Sequence[int] = ()) -> Ladder:
