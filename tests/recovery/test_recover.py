@@ -317,6 +317,27 @@ def test_bfloat16_computing_leaves_the_model_in_float32(model: PreTrainedModel, 
     assert found.facts.held_out_after < found.facts.held_out_before
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_teacher_and_measuring_compute_as_training_does(model: PreTrainedModel, text: Path, bf16: bool, full: bool) -> None:
+    teacher, seen = copy.deepcopy(model), {"model": set[torch.dtype](), "teacher": set[torch.dtype]()}
+    for name, one in (("model", model), ("teacher", teacher)):
+        layer = one.get_submodule("model.layers.0.mlp.down_proj")
+        layer.register_forward_hook(lambda module, given, output, name=name: seen[name].add(output.dtype))
+    call(model, text, with_(bf16=bf16, full=full, tokens=64), teacher=teacher)
+    assert seen["model"] == seen["teacher"] == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_a_teacher_that_weighs_nothing_is_only_measured_against(model: PreTrainedModel, text: Path) -> None:
+    alone, teacher, calls = copy.deepcopy(model), FAMILIES["llama"](), []
+    call(alone, text)
+    teacher.register_forward_hook(lambda module, given, output: calls.append(module.training))
+    found = call(model, text, with_(distillation={"weight": 0.0}), teacher=teacher)
+    assert found.facts.dense is not None
+    assert len(calls) == 3  # six held-out examples, two at a time
+    assert same(model, alone)
+
+
 def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(97 + number * number % 26) for number in range(600)))

@@ -14,14 +14,22 @@ from resect.recovery.facts import Nats
 
 
 @torch.no_grad()
-def held_out_nats(model: nn.Module, held_out: Mapping[str, Sequence[Example]], *, batch: int, padding: int = 0) -> Nats:
+def held_out_nats(
+    model: nn.Module, held_out: Mapping[str, Sequence[Example]], *, batch: int, padding: int = 0, bf16: bool = False
+) -> Nats:
     """Mean cross-entropy of each source's predicted tokens; sums are float64. The model keeps its mode."""
     training = model.training
     model.eval()
     try:
-        return {source: _mean(model, examples, batch, padding, source) for source, examples in held_out.items()}
+        with computing(model, bf16=bf16):
+            return {source: _mean(model, examples, batch, padding, source) for source, examples in held_out.items()}
     finally:
         model.train(training)
+
+
+def computing(model: nn.Module, *, bf16: bool) -> torch.autocast:
+    """The precision that a network computes in while this lasts: bfloat16 where torch.autocast deems it safe, or its own."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16)
 
 
 def overall(nats: Nats, held_out: Mapping[str, Sequence[Example]]) -> float:

@@ -234,7 +234,7 @@ def _measured_before(model: PreTrainedModel, training: Training, pools: Mapping[
     asked = training.settings
 
     def measured(one: nn.Module) -> Nats:
-        return held_out_nats(one, training.held_out, batch=asked.micro_batch, padding=training.padding)
+        return held_out_nats(one, training.held_out, batch=asked.micro_batch, padding=training.padding, bf16=asked.bf16)
 
     before = measured(training.model)
     counted = {id(p): (p.numel(), p.requires_grad) for p in training.model.parameters()}

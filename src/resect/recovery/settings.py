@@ -92,7 +92,7 @@ class Recovery(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_several)] = ()
     """Trackers that are installed."""
     distillation: Distillation = Distillation()
-    """Used where there is a teacher."""
+    """Used where there is a teacher. With nothing to weigh, it is only measured against."""
     mixture: Mixture = Mixture()
 
     @property

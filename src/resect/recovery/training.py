@@ -24,7 +24,7 @@ from transformers.utils import logging
 from resect.errors import NumericsError, UsageError
 from resect.recovery.examples import IGNORED, Example, collate
 from resect.recovery.facts import Trained
-from resect.recovery.heldout import held_out_nats, overall, token_losses
+from resect.recovery.heldout import computing, held_out_nats, overall, token_losses
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import divergence, state_difference
 
@@ -186,7 +186,8 @@ class _Trainer(Trainer):
 
     def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor, wanted: Tensor) -> Tensor:
         """The loss of each predicted token, the teacher's terms with it."""
-        asked, teacher = self.asked.settings.distillation, self.asked.teacher
+        asked = self.asked.settings.distillation
+        teacher = self.asked.teacher if asked.weight or asked.hidden else None
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         hidden = teacher is not None and asked.hidden > 0
         found = model(**given, use_cache=False, output_hidden_states=hidden)
@@ -194,7 +195,7 @@ class _Trainer(Trainer):
         losses = token_losses(logits, wanted)
         if teacher is None:
             return losses
-        with torch.no_grad():
+        with torch.no_grad(), computing(teacher, bf16=self.asked.settings.bf16):
             theirs = teacher(**given, use_cache=False, output_hidden_states=hidden)
         kl = divergence(logits, theirs.logits[:, :-1][chosen], temperature=asked.temperature)
         losses = (1 - asked.weight) * losses + asked.weight * kl
@@ -206,7 +207,8 @@ class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss, each source by itself too; every process measures the same."""
         asked = self.asked
-        nats = held_out_nats(asked.model, asked.held_out, batch=asked.settings.micro_batch, padding=asked.padding)
+        bf16, batch = asked.settings.bf16, asked.settings.micro_batch
+        nats = held_out_nats(asked.model, asked.held_out, batch=batch, padding=asked.padding, bf16=bf16)
         metrics = {"eval_loss": overall(nats, asked.held_out)} | {f"eval_{source}": value for source, value in nats.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
