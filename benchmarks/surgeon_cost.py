@@ -2,11 +2,11 @@
 
     python benchmarks/surgeon_cost.py --model demo
 
-Everything runs in one process. *forward and backward* is a bare pass over the same tokens with gradients of activations, which
-is what the shot needs; *cholesky* is one factorisation in float64 of each factor of every layer that reads heads or
-channels. *collect*, *ladders* and *update* are the parts of the shot, which removes a fifth. Memory is the process's peak since a
-reset, less what it held before; *needed* is what one block cannot do without: its factors in float32, its weights, and what
-its batches take in and hand back.
+Everything runs in one process. *forward and backward* is a bare pass over the same tokens with gradients of activations alone,
+which is what the shot needs; *with weights* is one with gradients of all weights, as in training; *cholesky* is one
+factorisation in float64 of each factor of every layer that reads heads or channels. *collect*, *ladders* and *update* are the
+parts of the shot, which removes a fifth. Memory is the process's peak since a reset, less what it held before; *needed* is what
+one block cannot do without: its factors in float32, its weights, and what its batches take in and hand back.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from resect.statistics import Data, Layer, readers, token_loss
 KINDS = ("heads", "channels")
 
 
-def bare(model: nn.Module, batches: list[Tensor]) -> None:
-    """Forward and backward, through activations alone."""
-    model.requires_grad_(False)
+def bare(model: nn.Module, batches: list[Tensor], *, weights: bool = False) -> None:
+    """Forward and backward, through activations alone or with gradients of weights."""
+    model.requires_grad_(weights)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_hook(lambda module, given, output: output.requires_grad_())
     for batch in batches:
         token_loss(model, batch).backward()
     handle.remove()
+    model.requires_grad_(False)
+    model.zero_grad()
 
 
 def factorised(layers: list[Layer]) -> None:
@@ -71,6 +73,7 @@ def one_shot(model: nn.Module, graph: Graph, layers: list[Layer], tokens: Tensor
     """A shot that removes a fifth, part by part; the network is as before afterwards."""
     data, dense = Data(tokens.split(1)), {name: value.clone() for name, value in model.state_dict().items()}
     _, base, activations = measured(lambda: bare(model, list(tokens.split(1))))
+    _, trained, _ = measured(lambda: bare(model, list(tokens.split(1)), weights=True))
     _, cholesky, _ = measured(lambda: factorised(layers))
     with tempfile.TemporaryDirectory() as folder:
         progress = Progress(folder, [])
@@ -84,11 +87,13 @@ def one_shot(model: nn.Module, graph: Graph, layers: list[Layer], tokens: Tensor
         "tokens": tokens.numel(),
         "computed in": "bfloat16" if method.bf16 else "float32",
         "forward and backward": base,
+        "with weights": trained,
         "cholesky": cholesky,
         "collect": collect,
         "ladders": ladders,
         "update": update,
         "shot over forward, backward, cholesky": (collect + ladders + update) / (base + cholesky),
+        "shot over forward, backward with weights, cholesky": (collect + ladders + update) / (trained + cholesky),
         "collect over forward, backward": collect / base,
         "forward and backward GiB": activations,
         "collect GiB": memory,

@@ -82,7 +82,7 @@ def select(
     scores = {name: spent_first(values, within, name) for name, values in scores.items()} if within else scores
     dense = cost({})
     target = keep * dense
-    prices = [_Prices(cost, ladder) for ladder in ladders]
+    prices = [_Prices(cost, ladder, float(dense)) for ladder in ladders]
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
     spent = [gone.get(ladder[0].name, 0) for ladder in ladders]
@@ -255,6 +255,8 @@ class _Prices:
 
     cost: Cost
     ladder: list[Group]
+    dense: float
+    """The cost of the whole network."""
 
     @cached_property
     def stops(self) -> Sequence[int] | None:
@@ -264,13 +266,13 @@ class _Prices:
 
     @cached_property
     def _unit(self) -> float:
-        return float(self.cost({})) - self._after(1)
+        return self.dense - self._after(1)
 
     def of(self, sizes: Sequence[int]) -> Tensor:
         """The savings of steps of so many units, [steps]."""
         if self.stops is None:
             return torch.tensor(sizes, dtype=torch.float64) * self._unit
-        costs = [self.cost({}), *map(self._after, accumulate(sizes))]
+        costs = [self.dense, *map(self._after, accumulate(sizes))]
         return torch.tensor([before - after for before, after in pairwise(costs)], dtype=torch.float64)
 
     def keys(self, losses: Tensor, prices: Tensor) -> Tensor:
@@ -308,7 +310,8 @@ def _steps(
     if not sizes or not bool((prices > 0).all()):
         return []
     ordered = torch.stack([_score(scores, group).sort().values for group in ladder]).sum(0)  # [units]
-    losses = torch.stack([chunk.sum() for chunk in ordered[: sum(sizes)].split(sizes)])
+    gone = ordered[: sum(sizes)]
+    losses = gone if set(sizes) == {1} else torch.stack([chunk.sum() for chunk in gone.split(sizes)])
     key = torch.tensor(sizes, dtype=torch.float64).cumsum(0) / ladder[0].units if local else price.keys(losses, prices)
     tie = losses / prices if local else key
     return [Step(k, v, number, size) for k, v, size in zip(key.tolist(), tie.tolist(), sizes, strict=True)]
@@ -342,7 +345,8 @@ def _take(steps: list[Step], ladders: list[list[Group]], cost: Cost, target: flo
         middle = (low + high) // 2
         low, high = (low, middle) if cost(_removed(steps[:middle], ladders)) <= target else (middle + 1, high)
     sizes = {(step.ladder, step.units): step for step in steps}
-    smallest = min((cost({}) - cost(_removed([step], ladders)) for step in sizes.values()), default=0)
+    dense = cost({})
+    smallest = min((dense - cost(_removed([step], ladders)) for step in sizes.values()), default=0)
     taken = steps[: max(low - 1, 0)]
     removed = best = _removed(taken, ladders)
     passed: set[int] = set()

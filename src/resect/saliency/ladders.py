@@ -191,8 +191,10 @@ class _State:
         stays[self.columns[self.since].flatten()] = False
         P, Z, S = self.P[stays, : self.pending], self.Z[stays, : self.pending], self.S[: self.pending, : self.pending]
         half = (Z - 0.5 * P @ S) @ P.mT
-        self.H = self.H[stays][:, stays] - P @ P.mT
-        self.M = self.M[stays][:, stays] - half - half.mT
+        left = stays.nonzero().flatten()
+        self.H, self.M = (square.index_select(0, left).index_select(1, left) for square in (self.H, self.M))
+        self.H.addmm_(P, P.mT, alpha=-1)
+        self.M.sub_(half).sub_(half.mT)
         self.columns = (stays.cumsum(0) - 1)[self.columns].masked_fill(self.gone[:, None], 0)  # of what went: of no meaning
         self.P, self.Z = self.P[: len(self.H)], self.Z[: len(self.H)]
         self.pending, self.since = 0, []

@@ -126,13 +126,9 @@ class Moments:
         also = damping if damping_gradients is None else damping_gradients
         precision = torch.finfo(self.inputs.dtype).eps
         A2, G2 = (factor.cpu().double() for factor in self.second) if self.second else (None, None)
-        found = Curvature(
-            damped(A, damping, f"the inputs of {name}", precision),
-            None if G is None else damped(G, also, f"the gradients of {name}", precision),
-            A2,
-            G2,
-        )
-        return found.positive()
+        A, root = damped(A, damping, f"the inputs of {name}", precision)
+        G = None if G is None else damped(G, also, f"the gradients of {name}", precision)[0]
+        return Curvature(A, G, A2, G2, root=root).positive()
 
 
 @dataclass
@@ -148,11 +144,14 @@ class Curvature:
     A2: Tensor | None = None
     G2: Tensor | None = None
     kept: float = 1.0
+    root: Tensor | None = None
+    """The Cholesky factor of `A`, until it was used."""
 
     @cached_property
     def A_inverse(self) -> Tensor:
         """`A⁻¹`."""
-        return _inverse(self.A)
+        root, self.root = self.root, None
+        return _inverse(self.A) if root is None else torch.cholesky_inverse(root)
 
     @cached_property
     def G_inverse(self) -> Tensor | None:
@@ -225,8 +224,10 @@ def _inverse(factor: Tensor) -> Tensor:
     return found
 
 
-def damped(factor: Tensor, damping: float, name: str, precision: float = torch.finfo(torch.float64).eps) -> Tensor:
-    """A symmetric factor with `damping` times the mean of its diagonal on the diagonal, so that it can be inverted.
+def damped(
+    factor: Tensor, damping: float, name: str, precision: float = torch.finfo(torch.float64).eps
+) -> tuple[Tensor, Tensor]:
+    """A symmetric factor with `damping` times the mean of its diagonal on the diagonal, and the Cholesky factor of that.
 
     Where that does not do, more is added, and a warning says so; a factor of zeros (a dead layer) becomes `DEAD` times the
     identity.
@@ -237,21 +238,20 @@ def damped(factor: Tensor, damping: float, name: str, precision: float = torch.f
         raise NumericsError(f"The second moments of {name} hold NaN or infinity. Use a wider dtype or other text.")
     scale = factor.diagonal().mean()
     if scale <= 0:
-        return DEAD * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        found = DEAD * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return found, found / DEAD**0.5
     for raised in range(RAISES + 1):
         added = (damping or 1e-6 * bool(raised)) * 10**raised
-        found: Tensor = factor + added * scale * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        if _regular(found) and (added or _full(found, precision)):
+        found = factor.clone()
+        found.diagonal().add_(added * scale)
+        root, info = torch.linalg.cholesky_ex(found)
+        if not info.any() and (added or _full(found, precision)):
             if raised:
                 warnings.warn(DampingRaised(f"{name}: damping {damping:g} was too little, {added:g} is used."), stacklevel=2)
-            return found
+            return found, root
     raise NumericsError(
         f"The second moments of {name} cannot be inverted, even with damping {added:g}. Use more text, or more damping."
     )
-
-
-def _regular(factor: Tensor) -> bool:
-    return not torch.linalg.cholesky_ex(factor).info.any()
 
 
 def _full(factor: Tensor, precision: float) -> bool:
