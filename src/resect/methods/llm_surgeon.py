@@ -295,7 +295,7 @@ class LLMSurgeon(Method):
         )
         scores = pricing.scores()
         if self.trials:
-            scores = pricing.scores(self._prices(model, graph, pricing, plan, data, scores, shot=shot, progress=progress))
+            scores = pricing.scores(self._prices(pricing, plan, data, scores, shot=shot, progress=progress))
         tell_clipped(pricing.kept)
         progress.put(f"shot-{shot}/scores", scores)
         if self.compensation is None or self.compensation.inputs == "pruned":
@@ -303,19 +303,11 @@ class LLMSurgeon(Method):
         return scores
 
     def _prices(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        pricing: Pricing,
-        plan: Plan,
-        data: Data,
-        scores: Mapping[str, Tensor],
-        *,
-        shot: int,
-        progress: Progress,
+        self, pricing: Pricing, plan: Plan, data: Data, scores: Mapping[str, Tensor], *, shot: int, progress: Progress
     ) -> dict[str, float]:
         """What multiplies the losses of each group, found by trial."""
         assert self.trials
+        model, graph = pricing.model, pricing.graph
 
         def update(alone: Plan) -> None:
             if self.compensation:

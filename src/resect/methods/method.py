@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from resect.checkpoint import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
 from resect.plan import Cost, Pattern, Plan
-from resect.statistics import Data
+from resect.statistics import Data, computing
 
 Units = Annotated[int, Field(ge=0)]
 
@@ -53,9 +52,7 @@ class Method(BaseModel, ABC):
 
     def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The precision that the network computes in while this lasts."""
-        device = next(model.parameters()).device.type
-        # weights change on the way, and a cache would not notice
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
+        return computing(model, bf16=self.bf16)
 
     @property
     @abstractmethod

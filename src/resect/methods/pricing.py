@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from resect.graph import Graph, Group
 from resect.plan import Plan
-from resect.saliency import Ladder, Reader, element_losses, ladder, reach
+from resect.saliency import Ladder, Reader, independent_losses, ladder, reach
 from resect.statistics import Curvature, Moments, readers
 
 
@@ -75,8 +75,7 @@ class Pricing:
         for group in self.groups:
             total = torch.zeros(group.units, dtype=torch.float64)
             for layer, columns in readers(self.model, self.graph, group):
-                losses = element_losses(layer.matrix(), Curvature(*self.moments(layer.path).means()), update=False)
-                total += losses.sum(0)[columns].sum(1)
+                total += independent_losses(layer.matrix(), Curvature(*self.moments(layer.path).means()), columns)
             total[list(self.gone[group.name])] = 0
             found[group.name] = total
         return found

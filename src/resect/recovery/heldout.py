@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resect.errors import NumericsError
 from resect.recovery.examples import IGNORED, Example, collate
 from resect.recovery.facts import Nats
+from resect.statistics import computing
 
 
 @torch.no_grad()
@@ -25,11 +26,6 @@ def held_out_nats(
             return {source: _mean(model, examples, batch, padding, source) for source, examples in held_out.items()}
     finally:
         model.train(training)
-
-
-def computing(model: nn.Module, *, bf16: bool) -> torch.autocast:
-    """The precision that a network computes in while this lasts: bfloat16 where torch.autocast deems it safe, or its own."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16)
 
 
 def overall(nats: Nats, held_out: Mapping[str, Sequence[Example]]) -> float:

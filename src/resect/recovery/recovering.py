@@ -24,7 +24,7 @@ from resect.errors import ResectWarning, UsageError
 from resect.recovery.adapter import Adapter, adapter_of, attach
 from resect.recovery.examples import Example, Pool, read_pool
 from resect.recovery.facts import Facts, Nats
-from resect.recovery.heldout import held_out_nats, overall
+from resect.recovery.heldout import overall
 from resect.recovery.mixture import Supply, rounds, shares
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
@@ -231,20 +231,15 @@ def _main() -> bool:
 
 
 def _measured_before(model: PreTrainedModel, training: Training, pools: Mapping[str, Pool]) -> Facts:
-    asked = training.settings
-
-    def measured(one: nn.Module) -> Nats:
-        return held_out_nats(one, training.held_out, batch=asked.micro_batch, padding=training.padding, bf16=asked.bf16)
-
-    before = measured(training.model)
+    before = training.nats(training.model)
     counted = {id(p): (p.numel(), p.requires_grad) for p in training.model.parameters()}
     trainable = sum(count for count, trained in counted.values() if trained)
     return Facts(
         sources=[pool.counts for pool in pools.values()],
         trainable=trainable,
-        parameters=sum(count for count, _ in counted.values()) - (0 if asked.full else trainable),
+        parameters=sum(count for count, _ in counted.values()) - (0 if training.settings.full else trainable),
         before=before,
-        dense=measured(training.teacher) if training.teacher is not None else None,
+        dense=training.nats(training.teacher) if training.teacher is not None else None,
         held_out_before=overall(before, training.held_out),
         processes=processes(),
     )

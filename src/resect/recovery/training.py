@@ -23,10 +23,11 @@ from transformers.utils import logging
 
 from resect.errors import NumericsError, UsageError
 from resect.recovery.examples import IGNORED, Example, collate
-from resect.recovery.facts import Trained
-from resect.recovery.heldout import computing, held_out_nats, overall, token_losses
+from resect.recovery.facts import Nats, Trained
+from resect.recovery.heldout import held_out_nats, overall, token_losses
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import divergence, state_difference
+from resect.statistics import computing
 
 Say = Callable[[str], None]
 WEIGHTS = "trained.safetensors"
@@ -80,6 +81,11 @@ class Training:
             write_trained(self.model, folder / WEIGHTS)
             _write(done, found.model_dump_json())
         return found
+
+    def nats(self, model: nn.Module) -> Nats:
+        """The held-out loss of this model, or of another on the same text, in the precision of the training."""
+        asked = self.settings
+        return held_out_nats(model, self.held_out, batch=asked.micro_batch, padding=self.padding, bf16=asked.bf16)
 
     def _result(self, name: str, examples: Sequence[Example], trainer: Trainer, seconds: float) -> Trained:
         history = trainer.state.log_history
@@ -207,8 +213,7 @@ class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss, each source by itself too; every process measures the same."""
         asked = self.asked
-        bf16, batch = asked.settings.bf16, asked.settings.micro_batch
-        nats = held_out_nats(asked.model, asked.held_out, batch=batch, padding=asked.padding, bf16=bf16)
+        nats = asked.nats(asked.model)
         metrics = {"eval_loss": overall(nats, asked.held_out)} | {f"eval_{source}": value for source, value in nats.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

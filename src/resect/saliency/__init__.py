@@ -2,7 +2,7 @@
 
 from resect.saliency.adapted import adapted_scores
 from resect.saliency.ladders import Ladder, Reader, ladder, line_ladders, reach
-from resect.saliency.obs import block_losses, column_losses, element_losses, pattern_losses, row_losses
+from resect.saliency.obs import block_losses, column_losses, element_losses, independent_losses, pattern_losses, row_losses
 from resect.saliency.score import REDUCTIONS, score, unit_values
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "block_losses",
     "column_losses",
     "element_losses",
+    "independent_losses",
     "ladder",
     "line_ladders",
     "pattern_losses",

@@ -73,6 +73,13 @@ def block_losses(
     return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
 
 
+def independent_losses(
+    weight: Matrix, curvature: Curvature, blocks: Int[Tensor, "units width"]
+) -> Float[Tensor, " units"]:
+    """Of each block of columns, without update, if its elements had nothing to do with each other: their losses summed."""
+    return element_losses(weight, curvature, update=False).sum(0)[blocks].sum(1)
+
+
 def _block_loss(joint: Joint, weight: Tensor, block: Tensor) -> Tensor:
     """Twice what one block costs, from its columns [rows, width] in the basis of the outputs, some rows at a time."""
     Q = joint.A.Q[block]

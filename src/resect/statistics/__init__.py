@@ -1,6 +1,6 @@
 """Gradients of the loss and Kronecker factors of its curvature, as sums that add; nothing is decided here."""
 
-from resect.statistics.blockwise import Chain, prepared
+from resect.statistics.blockwise import Chain, computing, prepared
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, Moments, collect_curvature, tell_clipped
 from resect.statistics.elements import CRITERIA, Criterion
@@ -29,6 +29,7 @@ __all__ = [
     "Statistics",
     "collect",
     "collect_curvature",
+    "computing",
     "layer_of",
     "layers_of",
     "loss_of",
