@@ -49,6 +49,7 @@ bench: venv ## the benchmarks of cost, speed and quality, into benchmarks/result
 	@time $(BIN)/python benchmarks/cost.py
 	@time $(BIN)/python benchmarks/depth.py
 	@time $(BIN)/python benchmarks/gathered.py
+	@time $(BIN)/python benchmarks/losses.py
 	@time $(BIN)/python benchmarks/surgeon_cost.py
 	@time $(BIN)/python benchmarks/speed.py
 	@for script in quality headline surgeon transfer; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \

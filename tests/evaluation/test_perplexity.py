@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation import perplexity
+from resect.statistics import losses
 from tests.models import FAMILIES, assert_untouched, random_tokens, snapshot
 
 
@@ -74,8 +74,7 @@ def test_bits_per_byte_count_what_was_predicted(model: PreTrainedModel, bos: int
 def test_chunks_of_the_vocabulary_do_not_matter(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(4, 32)
     whole = perplexity(model, tokens, window=16)
-    module = importlib.import_module("resect.evaluation.perplexity")  # the package's attribute is the function
-    monkeypatch.setattr(module, "CHUNK", 101 * 7)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 101 * 7)
     assert perplexity(model, tokens, window=16).nats == pytest.approx(whole.nats, rel=1e-12)
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from resect.errors import DataError
 from resect.recovery import Recovery
-from resect.recovery.examples import IGNORED, Conversation, collate, labelled, packed, read_pool
+from resect.recovery.examples import Conversation, collate, labelled, packed, read_pool
 from resect.recovery.facts import Counts
+from resect.statistics import IGNORED
 from tests.models import tiny_tokenizer
 
 TEMPLATE = (

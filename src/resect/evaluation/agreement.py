@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from resect.errors import NumericsError, UsageError
-from resect.evaluation.perplexity import CHUNK, IGNORED, batches
+from resect.evaluation.perplexity import batches
 from resect.evaluation.tasks import Answers
+from resect.statistics import IGNORED, row_losses
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def agreement(
 ) -> Agreement:
     """Both models read the same windows, as for `perplexity`, and are in memory together.
 
-    Log-probabilities are float32, sums float64. Raises `UsageError` where vocabularies differ, and what `perplexity` raises.
+    Log-probabilities are at least float32, sums float64. Raises `UsageError` where vocabularies differ, and what `perplexity`
+    raises.
     """
     sizes = [one.config.get_text_config().vocab_size for one in (model, reference)]
     if sizes[0] != sizes[1]:
@@ -62,14 +63,15 @@ def agreement(
     kl, same, count = 0.0, 0, 0
     with batches(tokens, model, reference, window=window, bos=bos, batch_tokens=batch_tokens, name=name) as parts:
         for _, inputs, targets in parts:
-            asked = targets.flatten() != IGNORED
+            labels = targets.flatten()
+            asked = labels != IGNORED
             ours, theirs = (
-                one(input_ids=inputs.to(one.device), use_cache=False).logits.flatten(0, 1).to(inputs.device)[asked]
+                one(input_ids=inputs.to(one.device), use_cache=False).logits.flatten(0, 1).to(inputs.device)
                 for one in (model, reference)
             )
-            kl += _divergence(ours, theirs)
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            count += len(ours)
+            kl += float(row_losses(ours, labels, teacher=theirs, weight=1.0).double().sum())
+            same += int((ours.argmax(-1) == theirs.argmax(-1))[asked].sum())
+            count += int(asked.sum())
     if not kl < float("inf"):
         raise NumericsError(f"The divergence of the {name} run is {kl}: logits hold NaN or inf. Run in a wider type.")
     return Agreement(kl / count, same / count, count, window, bos is not None)
@@ -86,14 +88,3 @@ def flips(answers: Answers, reference: Answers) -> Flips:
         sum(before and not now for now, before in right) / count,
         sum(now and not before for now, before in right) / count,
     )
-
-
-def _divergence(ours: Tensor, theirs: Tensor) -> float:
-    """Sum over rows of KL(theirs || ours), logits [n, V] each; in chunks."""
-    total = 0.0
-    rows = max(1, CHUNK // ours.shape[-1])
-    for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
-        log_q, log_p = (torch.log_softmax(part.float(), -1) for part in (a, b))
-        terms = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
-        total += float(terms.sum(-1).double().sum())
-    return total

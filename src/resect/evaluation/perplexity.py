@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
+from resect.statistics import IGNORED, row_losses
 
 LOGITS = 2**27
 """Logits that a batch may give, if `batch_tokens` is not set: 512 MiB of float32."""
-CHUNK = 2**24
-"""Logits turned into probabilities at a time: 64 MiB of float32, and as much again."""
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -142,17 +140,10 @@ def summed_nats(model: PreTrainedModel, batch: Tensor) -> float:
 
 def row_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy [B], float64, of logits [B, T, V] under targets [B, T], but where those are `IGNORED`."""
-    rows = max(1, CHUNK // logits.shape[-1])
-    pairs = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-    nats = [
-        torch.nn.functional.cross_entropy(_wide(few), wanted, reduction="none", ignore_index=IGNORED).double()
-        for few, wanted in pairs
-    ]
-    return torch.cat(nats).view(targets.shape).sum(1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = targets.flatten()
+    nats = torch.zeros(flat.shape, dtype=torch.float64, device=logits.device)
+    nats[flat != IGNORED] = row_losses(logits.flatten(0, 1), flat).double()
+    return nats.view(targets.shape).sum(1)
 
 
 def _shifted(batch: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:

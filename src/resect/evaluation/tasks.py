@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
-from resect.evaluation.perplexity import IGNORED, LOGITS, row_nats
+from resect.evaluation.perplexity import LOGITS, row_nats
+from resect.statistics import IGNORED
 
 SEVEN = {
     "boolq": "acc",

@@ -15,9 +15,8 @@ from resect.calibration import Rows, read_rows
 from resect.errors import DataError, UsageError
 from resect.recovery.facts import Counts
 from resect.recovery.settings import Recovery
+from resect.statistics import IGNORED
 
-IGNORED = -100
-"""The label of a token that nothing is learnt from."""
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from resect.errors import NumericsError
-from resect.recovery.examples import IGNORED, Example, collate
+from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats
-from resect.statistics import computing
+from resect.statistics import IGNORED, computing, token_losses
 
 
 @torch.no_grad()
@@ -34,20 +33,13 @@ def overall(nats: Nats, held_out: Mapping[str, Sequence[Example]]) -> float:
     return sum(nats[source] * count for source, count in counts.items()) / sum(counts.values())
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row [N, V] of logits with its label [N]: [N] float32."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
 def _mean(model: nn.Module, examples: Sequence[Example], batch: int, padding: int, source: str) -> float:
     device = next(model.parameters()).device
     total = 0.0
     for start in range(0, len(examples), batch):
         given = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch], padding=padding).items()}
         logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False).logits
-        labels = given["labels"][:, 1:]
-        chosen = labels != IGNORED
-        total += float(token_losses(logits[:, :-1][chosen], labels[chosen]).double().sum())
+        total += float(token_losses(logits, given["labels"]).double().sum())
     mean = total / sum(map(_predicted, examples))
     if not mean < float("inf"):
         raise NumericsError(

@@ -1,9 +1,8 @@
-"""Learning from a dense model: its distribution over the next token, and its last hidden states."""
+"""The dense model that a pruned one learns from."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,13 +24,6 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, asked: Dis
             f"The teacher's hidden states are {theirs} wide, the model's {ours}: they do not compare. "
             "Set settings.distillation.hidden=0."
         )
-
-
-def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """`T² KL(teacher || student)` of each row of logits [N, V], both softened by the temperature T: [N] float32."""
-    ours = F.log_softmax(student.float() / temperature, dim=-1)
-    theirs = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def state_difference(student: Tensor, teacher: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from resect.errors import NumericsError, UsageError
-from resect.recovery.examples import IGNORED, Example, collate
+from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats, Trained
-from resect.recovery.heldout import held_out_nats, overall, token_losses
+from resect.recovery.heldout import held_out_nats, overall
 from resect.recovery.settings import Recovery
-from resect.recovery.teacher import divergence, state_difference
-from resect.statistics import computing
+from resect.recovery.teacher import state_difference
+from resect.statistics import IGNORED, computing, token_losses
 
 Say = Callable[[str], None]
 WEIGHTS = "trained.safetensors"
@@ -120,7 +120,6 @@ class Training:
                 warmup_steps=min(asked.warmup, steps // 10),
                 weight_decay=asked.weight_decay,
                 max_grad_norm=asked.clip,
-                bf16=asked.bf16,
                 **_checkpointing(asked),
                 logging_steps=max(1, steps // POINTS),
                 logging_nan_inf_filter=False,
@@ -181,31 +180,31 @@ class _Trainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The sum over predicted tokens, over the number of them in the batch of all processes."""
-        wanted = inputs["labels"][:, 1:]
-        chosen = wanted != IGNORED
-        count = chosen.sum() if num_items_in_batch is None else num_items_in_batch
-        total: Tensor = self._losses(model, inputs, chosen, wanted[chosen]).sum()
+        losses = self._losses(model, inputs)
+        count = len(losses) if num_items_in_batch is None else num_items_in_batch
+        total = losses.sum()
         if not total.isfinite():
             raise self._not_finite("loss", float(total.detach()))
         share: Tensor = total / count * self.accelerator.num_processes
         return share
 
-    def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor, wanted: Tensor) -> Tensor:
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of each predicted token, the teacher's terms with it."""
-        asked = self.asked.settings.distillation
+        settings, labels = self.asked.settings, inputs["labels"]
+        asked = settings.distillation
         teacher = self.asked.teacher if asked.weight or asked.hidden else None
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        hidden = teacher is not None and asked.hidden > 0
-        found = model(**given, use_cache=False, output_hidden_states=hidden)
-        logits = found.logits[:, :-1][chosen]
-        losses = token_losses(logits, wanted)
-        if teacher is None:
-            return losses
-        with torch.no_grad(), computing(teacher, bf16=self.asked.settings.bf16):
-            theirs = teacher(**given, use_cache=False, output_hidden_states=hidden)
-        kl = divergence(logits, theirs.logits[:, :-1][chosen], temperature=asked.temperature)
-        losses = (1 - asked.weight) * losses + asked.weight * kl
-        if hidden:
+        given: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        given |= {"use_cache": False, "output_hidden_states": teacher is not None and asked.hidden > 0}
+        theirs = None
+        with computing(model, bf16=settings.bf16):
+            found = model(**given)
+            if teacher is not None:
+                with torch.no_grad():
+                    theirs = teacher(**given)
+        said = None if theirs is None else theirs.logits
+        losses = token_losses(found.logits, labels, teacher=said, weight=asked.weight, temperature=asked.temperature)
+        if theirs is not None and asked.hidden:
+            chosen = labels[:, 1:] != IGNORED
             states = (one.hidden_states[-1][:, :-1][chosen] for one in (found, theirs))
             losses = losses + asked.hidden * state_difference(*states)
         return losses

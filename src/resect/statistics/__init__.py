@@ -6,6 +6,7 @@ from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, M
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
+from resect.statistics.losses import IGNORED, divergence, row_losses, token_losses
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.prefix import Pairs, Prefix
 
@@ -13,6 +14,7 @@ __all__ = [
     "BATCH_TOKENS",
     "CRITERIA",
     "FISHERS",
+    "IGNORED",
     "WITHOUT_GRADIENTS",
     "Chain",
     "Classes",
@@ -30,13 +32,16 @@ __all__ = [
     "collect",
     "collect_curvature",
     "computing",
+    "divergence",
     "layer_of",
     "layers_of",
     "loss_of",
     "position_values",
     "prepared",
     "readers",
+    "row_losses",
     "tell_clipped",
     "token_loss",
+    "token_losses",
     "wide",
 ]

@@ -15,6 +15,7 @@ from resect.graph import KINDS, Graph
 from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.layers import wide
+from resect.statistics.losses import token_losses
 
 BATCH_TOKENS = 1024
 """Tokens of one forward and backward pass, where a criterion does not ask for single sequences."""
@@ -167,8 +168,7 @@ def position_values(statistics: Statistics, weights: Mapping[str, Tensor]) -> di
 
 def token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats of each next token, summed over [sequences, length - 1]."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(wide(logits).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return token_losses(model(input_ids=tokens, use_cache=False).logits, tokens).sum()
 
 
 def _axes(graph: Graph, kinds: Sequence[str]) -> dict[str, list[int]]:

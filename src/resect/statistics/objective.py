@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from resect.errors import UsageError
+from resect.statistics.layers import wide
+from resect.statistics.losses import row_losses
 
 
 @runtime_checkable
@@ -79,13 +81,12 @@ class Data:
 
 def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Cross-entropy in nats summed over predictions; with a generator, of labels that the network itself draws."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if generator is not None:
-        chances = wide.detach().softmax(-1).cpu()
+        chances = wide(logits.detach()).softmax(-1).cpu()
         if chances.isnan().any():
-            return wide.new_tensor(torch.nan)  # as the loss of any label would be
+            return wide(logits.new_tensor(torch.nan))  # as the loss of any label would be
         labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
-    return nn.functional.cross_entropy(wide, labels, reduction="sum")
+    return row_losses(logits, labels).sum()
 
 
 def _beside(model: nn.Module, batch: Any) -> Any:
