@@ -10,13 +10,9 @@ column is the peak of the estimation less those activations, as a multiple of th
 from __future__ import annotations
 
 import argparse
-import gc
-import time
-from collections.abc import Callable
 from statistics import median
 
-import torch
-from record import environment, peak_memory, reset_peak_memory, write
+from record import environment, peak, seconds, write
 from torch import Tensor, nn
 
 import resect
@@ -45,23 +41,6 @@ def activations_only(model: nn.Module, tokens: Tensor, rows: int, wanted: set[st
         token_loss(model, batch).backward()
     for drop in drops:
         drop.remove()
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall clock of one call."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak(device: str, run: Callable[[], object]) -> float:
-    """Peak memory of one call, GiB."""
-    gc.collect()
-    reset_peak_memory(device)
-    run()
-    return peak_memory(device)
 
 
 def main() -> None:

@@ -9,14 +9,13 @@ are medians; `speedup` is the median of plain over ours within a turn. Memory is
 from __future__ import annotations
 
 import argparse
-import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from record import environment, peak_memory, reset_peak_memory, write
+from record import environment, peak, seconds, write
 from torch import Tensor
 
 from resect.recovery import Distillation
@@ -24,7 +23,6 @@ from resect.statistics import divergence, token_losses
 
 VOCABULARIES = {"SmolLM2": 49_152, "Llama-3": 128_256}
 ASKED = Distillation()
-Losses = Callable[..., Tensor]
 
 
 def plain(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
@@ -42,32 +40,12 @@ def ours(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
     return token_losses(logits, labels, teacher=teacher, weight=ASKED.weight, temperature=ASKED.temperature)
 
 
-def gradient(losses: Losses, given: Sequence[Tensor | None]) -> Tensor:
+def gradient(losses: Callable[..., Tensor], logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
     """Of the summed losses with respect to the logits."""
-    logits, labels, teacher = given
-    assert logits is not None
     logits = logits.detach().requires_grad_()
     losses(logits, labels, teacher).sum().backward()
     assert logits.grad is not None
     return logits.grad
-
-
-def seconds(losses: Losses, given: Sequence[Tensor | None]) -> float:
-    """Wall clock of one call."""
-    start = time.perf_counter()
-    gradient(losses, given)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak(losses: Losses, given: Sequence[Tensor | None], device: str) -> float:
-    """Peak memory of one call above what was there before, MiB."""
-    gc.collect()
-    reset_peak_memory(device)
-    idle = peak_memory(device)
-    gradient(losses, given)
-    return 1024 * (peak_memory(device) - idle)
 
 
 def main() -> None:
@@ -87,9 +65,10 @@ def main() -> None:
         labels = torch.randint(0, vocabulary, shape).to(asked.device)
         logits, theirs = (torch.randn(*shape, vocabulary, dtype=torch.bfloat16, device=asked.device) for _ in range(2))
         for teacher in (None, theirs):
-            given = (logits, labels, teacher)
-            difference = float((gradient(ours, given).float() - gradient(plain, given).float()).abs().max())
-            turns = [(seconds(plain, given), seconds(ours, given)) for _ in range(asked.repeats)]
+            ways = [partial(gradient, losses, logits, labels, teacher) for losses in (plain, ours)]
+            difference = float(torch.sub(*(way().float() for way in ways)).abs().max())
+            turns = [[seconds(way) for way in ways] for _ in range(asked.repeats)]
+            idle, *peaks = [1024 * peak(asked.device, run) for run in (lambda: None, *ways)]
             rows.append(
                 {
                     "vocabulary": f"{name}, {vocabulary:,}",
@@ -97,8 +76,8 @@ def main() -> None:
                     "plain_seconds": median(a for a, _ in turns),
                     "seconds": median(b for _, b in turns),
                     "speedup": median(a / b for a, b in turns),
-                    "plain_MiB": peak(plain, given, asked.device),
-                    "MiB": peak(ours, given, asked.device),
+                    "plain_MiB": peaks[0] - idle,
+                    "MiB": peaks[1] - idle,
                     "largest difference of gradients": difference,
                 }
             )

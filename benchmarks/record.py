@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -91,6 +93,23 @@ def peak_memory(device: str) -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall clock of one call."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(device: str, run: Callable[[], object]) -> float:
+    """Peak memory of the process or the accelerator during one call, GiB."""
+    gc.collect()
+    reset_peak_memory(device)
+    run()
+    return peak_memory(device)
 
 
 def write(name: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from resect.errors import NumericsError, UsageError
 from resect.evaluation.perplexity import batches
 from resect.evaluation.tasks import Answers
-from resect.statistics import IGNORED, row_losses
+from resect.statistics import IGNORED, prediction_losses
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def agreement(
     with batches(tokens, model, reference, window=window, bos=bos, batch_tokens=batch_tokens, name=name) as parts:
         for _, inputs, targets in parts:
             labels = targets.flatten()
-            asked = labels != IGNORED
             ours, theirs = (
                 one(input_ids=inputs.to(one.device), use_cache=False).logits.flatten(0, 1).to(inputs.device)
                 for one in (model, reference)
             )
-            kl += float(row_losses(ours, labels, teacher=theirs, weight=1.0).double().sum())
-            same += int((ours.argmax(-1) == theirs.argmax(-1))[asked].sum())
-            count += int(asked.sum())
+            divergences = prediction_losses(ours, labels, teacher=theirs, weight=1.0)
+            kl += float(divergences.double().sum())
+            same += int((ours.argmax(-1) == theirs.argmax(-1))[labels != IGNORED].sum())
+            count += len(divergences)
     if not kl < float("inf"):
         raise NumericsError(f"The divergence of the {name} run is {kl}: logits hold NaN or inf. Run in a wider type.")
     return Agreement(kl / count, same / count, count, window, bos is not None)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
-from resect.statistics import IGNORED, row_losses
+from resect.statistics import IGNORED, prediction_losses
 
 LOGITS = 2**27
 """Logits that a batch may give, if `batch_tokens` is not set: 512 MiB of float32."""
@@ -142,7 +142,7 @@ def row_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy [B], float64, of logits [B, T, V] under targets [B, T], but where those are `IGNORED`."""
     flat = targets.flatten()
     nats = torch.zeros(flat.shape, dtype=torch.float64, device=logits.device)
-    nats[flat != IGNORED] = row_losses(logits.flatten(0, 1), flat).double()
+    nats[flat != IGNORED] = prediction_losses(logits.flatten(0, 1), flat).double()
     return nats.view(targets.shape).sum(1)
 
 

@@ -74,7 +74,7 @@ class Training:
         finally:
             watch.close()
             logging.set_verbosity(verbosity)
-            vars(self.model).pop("_original_forward", None)  # what accelerate puts around a model that computes in bfloat16
+            vars(self.model).pop("_original_forward", None)  # what accelerate puts around one that it is told to run in bfloat16
             vars(self.model).pop("forward", None)
         found = self._result(name, examples, trainer, time.perf_counter() - start)
         if trainer.is_world_process_zero():

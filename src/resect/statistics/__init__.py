@@ -6,7 +6,7 @@ from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, M
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
-from resect.statistics.losses import IGNORED, divergence, row_losses, token_losses
+from resect.statistics.losses import IGNORED, divergence, prediction_losses, token_losses
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.prefix import Pairs, Prefix
 
@@ -37,9 +37,9 @@ __all__ = [
     "layers_of",
     "loss_of",
     "position_values",
+    "prediction_losses",
     "prepared",
     "readers",
-    "row_losses",
     "tell_clipped",
     "token_loss",
     "token_losses",

@@ -19,7 +19,7 @@ CHUNK = {"cpu": 2**20}
 CHUNK_ELSEWHERE = 2**26
 
 
-def row_losses(
+def prediction_losses(
     logits: Tensor, labels: Tensor, *, teacher: Tensor | None = None, weight: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
     """The loss in nats of every row [M, V] whose label [M] is not `IGNORED`, in order: [N], at least float32.
@@ -29,15 +29,15 @@ def row_losses(
     """
     rows = (labels != IGNORED).nonzero().squeeze(1)
     theirs = teacher.detach() if teacher is not None and weight else None
-    losses: Tensor = _RowLosses.apply(logits, rows, labels[rows], theirs, weight, temperature)  # type: ignore[no-untyped-call]
+    losses: Tensor = _PredictionLosses.apply(logits, rows, labels[rows], theirs, weight, temperature)  # type: ignore[no-untyped-call]
     return losses
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, teacher: Tensor | None = None, **asked: float) -> Tensor:
-    """`row_losses` of each next label [B, T] that is not `IGNORED`, predicted from the place before it, [B, T, V]: [N]."""
+    """`prediction_losses` of each next label [B, T] that is not `IGNORED`, predicted from the place before it, [B, T, V]: [N]."""
     next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     theirs = None if teacher is None else teacher.flatten(0, 1)
-    return row_losses(logits.flatten(0, 1), next_labels, teacher=theirs, **asked)
+    return prediction_losses(logits.flatten(0, 1), next_labels, teacher=theirs, **asked)
 
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -46,7 +46,7 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tenso
     return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
-class _RowLosses(torch.autograd.Function):
+class _PredictionLosses(torch.autograd.Function):
     """Softmaxes are computed again on the way back."""
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from resect.errors import UsageError
 from resect.statistics.layers import wide
-from resect.statistics.losses import row_losses
+from resect.statistics.losses import prediction_losses
 
 
 @runtime_checkable
@@ -86,7 +86,7 @@ def loss_of(logits: Tensor, labels: Tensor, generator: torch.Generator | None = 
         if chances.isnan().any():
             return wide(logits.new_tensor(torch.nan))  # as the loss of any label would be
         labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
-    return row_losses(logits, labels).sum()
+    return prediction_losses(logits, labels).sum()
 
 
 def _beside(model: nn.Module, batch: Any) -> Any:
