@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from resect.checkpoint import check_finite, load, load_tokenizer, skeleton
 from resect.checkpoint.load import find
@@ -144,7 +145,8 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         name: tuple(p.shape) for name, p in model.named_parameters()
     }
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected)
-    model.save_pretrained(tmp_path / "saved")  # the marks that forbid it are gone
+    Trainer(model, TrainingArguments(str(tmp_path / "training"), use_cpu=True))
+    model.save_pretrained(tmp_path / "saved")  # the marks that forbid it, and training, are gone
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert_same_function(load(tmp_path / "saved"), model, torch.randint(8, (2, 12)))
 

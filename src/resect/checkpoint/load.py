@@ -41,8 +41,9 @@ def load(
     with quiet(), read_once():
         model: Any = _asked(source, lambda: _read(source, dtype, trust_remote_code))
     if source.gguf:
-        # Dequantised weights are ordinary ones; while these marks stay, transformers refuses to save them.
-        model.hf_quantizer = None
+        # Dequantised weights are ordinary ones; while these marks stay, transformers refuses to save and to train them.
+        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(mark, None)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     check_finite(model)
