@@ -174,6 +174,20 @@ def test_cut_short_at_any_step_it_goes_on_to_the_same_bits(tmp_path: Path, monke
         assert torch.equal(again.get_parameter(name), value), name
 
 
+@pytest.mark.parametrize("settle", [0, 2])
+def test_what_was_cut_off_after_the_last_step_trains_no_more(
+    settle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"checkpoint_steps": 50, "settle_steps": settle}
+    whole = FAMILIES["llama"]()
+    expected = planned(whole, tmp_path, **settings)
+    monkeypatch.delattr(Steps, "step")
+    again = FAMILIES["llama"]()
+    assert planned(again, tmp_path, resume=True, **settings) == expected
+    for name, value in whole.named_parameters():
+        assert torch.equal(again.get_parameter(name), value), name
+
+
 def test_a_dry_run_leaves_the_model_as_it_was() -> None:
     model = FAMILIES["llama"]()
     before = snapshot(model)

@@ -143,7 +143,7 @@ class LoRAShear(Method):
                 fading.scale(left=self._left(step), step=self._ratio(step))
                 if self._ends(step):
                     fading.end()
-                if (step + 1) % self.checkpoint_steps == 0:
+                if (step + 1) % self.checkpoint_steps == 0 or step + 1 == self.steps:
                     _note(progress, step + 1, plans, fading, steps)
         scores = progress.get(f"scores-{self.periods}") or {}
         shots = [
