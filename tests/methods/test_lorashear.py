@@ -178,7 +178,7 @@ def test_cut_short_at_any_step_it_goes_on_to_the_same_bits(tmp_path: Path, monke
 def test_what_was_cut_off_after_the_last_step_trains_no_more(
     settle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"checkpoint_steps": 50, "settle_steps": settle}
+    settings: dict[str, Any] = {"checkpoint_steps": 50, "settle_steps": settle}
     whole = FAMILIES["llama"]()
     expected = planned(whole, tmp_path, **settings)
     monkeypatch.delattr(Steps, "step")
