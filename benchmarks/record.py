@@ -135,7 +135,8 @@ PARTS = ("criteria", "only", "output", "work", "bf16")
 def join(name: str, parts: Sequence[str]) -> None:
     """One table from several; of rows that occur in each, such as the dense model's, the last stays."""
     read = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
-    about = {**read[0]["about"], "runs": len(read)}
+    processors = dict.fromkeys(name for part in read for name in str(part["about"]["processor"]).split(", "))
+    about = {**read[0]["about"], "processor": ", ".join(processors), "runs": len(read)}
     asked = [{k: v for k, v in part["about"]["asked"].items() if k not in PARTS} for part in read]
     if any(other != asked[0] for other in asked):
         raise SystemExit(f"These runs were not made with the same settings: {asked}")
