@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -335,6 +335,53 @@ def test_a_teacher_that_weighs_nothing_is_only_measured_against(model: PreTraine
     assert same(model, alone)
 
 
+def bare_training(settings: Recovery, text: Path, folder: Path) -> training.Training:
+    model: nn.Module = FAMILIES["llama"]()
+    if not settings.full:
+        model = attach(cast(PreTrainedModel, model), settings, keep_zeros=(), seed=1)
+    held_out = {"": read_pool(str(text), tiny_tokenizer(), settings, seed=42).held_out}
+    return training.Training(model=model, held_out=held_out, settings=settings, folder=folder)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_trainings_under_one_schedule_are_one_training(full: bool, text: Path, tmp_path: Path) -> None:
+    settings = with_(full=full, dropout=0.0)  # what dropout draws begins anew in each
+    examples = read_pool(str(text), tiny_tokenizer(), settings, seed=42).train[:24]
+    whole = bare_training(settings, text, tmp_path / "whole")
+    parts, again = (bare_training(settings, text, tmp_path / "parts") for _ in range(2))
+    whole("all", examples, evaluations=1)
+    parts("a", examples[:8], evaluations=1, in_all=6)
+    assert last_state(parts.folder / "a")
+    again("a", examples[:8], evaluations=1, in_all=6)  # is done, and read
+    again("b", examples[8:], evaluations=1, after="a", done=2, in_all=6)
+    assert same(again.model, whole.model)
+    assert not last_state(parts.folder / "a")  # nobody needs it any more
+    parts("b", examples[8:], evaluations=1, after="a", done=2, in_all=6)
+    assert same(parts.model, whole.model)
+
+
+def test_a_new_schedule_keeps_the_optimizer(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, seen = with_(full=True), []
+    examples = read_pool(str(text), tiny_tokenizer(), settings, seed=42).train[:12]
+    one = bare_training(settings, text, tmp_path)
+    one("a", examples, evaluations=1)
+    end = Watch.on_step_end
+
+    def watched(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        end(self, args, state, control, **kwargs)
+        optimizer = kwargs["optimizer"]
+        steps = {int(moments["step"]) for moments in optimizer.state.values()}
+        seen.append((steps, optimizer.param_groups[0]["lr"], weights(one.model)))
+
+    monkeypatch.setattr(Watch, "on_step_end", watched)
+    before = weights(one.model)
+    one("b", examples[:8], evaluations=1, after="a")
+    assert [steps for steps, _, _ in seen] == [{4}, {5}]
+    assert [rate for _, rate, _ in seen] == pytest.approx([settings.rate / 2, 0.0])  # a cosine of two steps
+    moved = max(float((seen[0][2][name] - value).abs().max()) for name, value in before.items())
+    assert moved == pytest.approx(settings.rate, rel=0.5)  # not the rate of 0 that the first training ended with
+
+
 def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(97 + number * number % 26) for number in range(600)))
@@ -347,7 +394,7 @@ def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text:
     sources = [str(text), str(other), str(tmp_path / "rows.jsonl")]
     teacher = copy.deepcopy(model)
     call(teacher, text, with_(tokens=60 * 64, full=True))  # far ahead on the first source
-    mixture = Mixture(kind="dynamic", rounds=3).model_dump()
+    mixture = Mixture(kind="dynamic", rounds=3, steps=2).model_dump()
     settings = with_(mixture=mixture, length=80, template="chat", tokens=5_000, distillation={"weight": 0})
     options: Any = {"settings": settings, "teacher": teacher, "progress": tmp_path / "p"}
     found = recover(copy.deepcopy(model), tokenizer, data=sources, **options)

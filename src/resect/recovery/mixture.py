@@ -35,8 +35,8 @@ class Supply:
 
 
 def gaps_of(nats: Nats, dense: Nats) -> dict[str, float]:
-    """δ = max(0, log perplexity - log perplexity of the dense model), source by source."""
-    return {source: max(0.0, nats[source] - dense[source]) for source in nats}
+    """δ = max(0, log perplexity - log perplexity of the dense model), source by source of `dense`."""
+    return {source: max(0.0, nats[source] - dense[source]) for source in dense}
 
 
 def weights_of(gaps: Mapping[str, float], *, floor: float) -> dict[str, float]:
@@ -77,24 +77,27 @@ def rounds(
     multiple: int,
     before: Nats,
     dense: Nats,
-    train: Callable[[str, list[Example]], Nats],
+    train: Callable[[int, int, list[Example]], Nats],
     asked: Mixture,
 ) -> Iterator[Round]:
     """Trains round after round until the model keeps up or stops improving; every round gets an even share of `examples`.
 
-    `train` learns from examples under a name and gives the loss on each source afterwards. A round takes a multiple of
-    `multiple` examples. The first round is uniform. Nothing is trained where there is no gap.
+    `train` learns from the examples of a round, given its number and that of the most rounds, and gives the loss on each
+    source afterwards. A round is a number of steps of `multiple` examples. The first is uniform. Nothing is trained where there
+    is no gap.
     """
     gaps = gaps_of(before, dense)
     weighted = [weighted_gap(gaps, floor=asked.floor)]
     yield Round(stage=stage, number=0, gaps=gaps, weighted=weighted[0])
-    count = multiple * max(1, round(examples / asked.rounds / multiple))
+    steps = max(1, round(examples / multiple))
+    most = min(asked.rounds, max(1, steps // asked.steps))
+    count = multiple * round(steps / most)
     number = 0
-    while number < asked.rounds and weighted[-1] > 0 and not stalled(weighted, asked):
+    while number < most and weighted[-1] > 0 and not stalled(weighted, asked):
         number += 1
         weights = weights_of(gaps, floor=asked.floor) if number > 1 else dict.fromkeys(gaps, 1 / len(gaps))
         drawn = shares(weights, count)
-        gaps = gaps_of(train(f"{stage}-{number:02d}", supply.draw(drawn)), dense)
+        gaps = gaps_of(train(number, most, supply.draw(drawn)), dense)
         weighted.append(weighted_gap(gaps, floor=asked.floor))
         yield Round(stage=stage, number=number, weights=weights, drawn=drawn, gaps=gaps, weighted=weighted[-1])
 

@@ -38,6 +38,8 @@ class Mixture(Section):
     """`uniform`: every source gives as many examples. `dynamic`: the further behind the teacher on a source, the more of it."""
     rounds: int = Field(default=10, ge=1)
     """At most so many in each stage; the tokens of a stage are divided among them."""
+    steps: int = Field(default=10, ge=1)
+    """A round has at least so many, unless its stage has fewer: a short stage has fewer rounds."""
     floor: float = Field(default=0.05, ge=0)
     """This share of the mean gap is added to every gap, so that no source is forgotten."""
     tolerance: float = Field(default=0.01, ge=0)

@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,22 +54,35 @@ class Training:
     cpu: bool = True
     say: Say | None = None
 
-    def __call__(self, name: str, examples: Sequence[Example], *, evaluations: int | None = None) -> Trained:
-        """Trains on the examples once, in their order, from where an earlier process got to; the model has the best state then.
+    def __call__(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        evaluations: int | None = None,
+        after: str | None = None,
+        done: int = 0,
+        in_all: int | None = None,
+    ) -> Trained:
+        """Trains on the examples once, in their order, from where a process got to before; the model has the best state then.
 
-        Their number is a multiple of the batch. Raises `NumericsError` when the loss or a gradient is not finite.
+        Their number is a multiple of the batch. Trainings that come `after` another, by name, go on with its optimizer; the
+        learning rate rises and falls over `in_all` steps, of which earlier trainings have `done` some. Raises `NumericsError`
+        when the loss or a gradient is not finite.
         """
         folder = self.folder / name
-        done = folder / DONE
-        if done.exists():
+        result = folder / DONE
+        if result.exists():
             read_trained(self.model, folder / WEIGHTS)
-            return Trained.model_validate_json(done.read_text(encoding="utf-8"))
+            return Trained.model_validate_json(result.read_text(encoding="utf-8"))
         start = time.perf_counter()
         steps = len(examples) // self.settings.batch
+        in_all = in_all or steps
         watch = Watch(name, examples, self.settings.batch, self.say)
-        arguments = self._arguments(folder, steps, evaluations or self.settings.evaluations)
+        arguments = self._arguments(folder, steps, evaluations or self.settings.evaluations, in_all)
         verbosity = logging.get_verbosity()
-        trainer = _Trainer(self, examples, arguments, watch)
+        before = last_state(self.folder / after) if after else None
+        trainer = _Trainer(self, examples, arguments, watch, before, done, in_all)
         try:
             trainer.train(resume_from_checkpoint=last_state(folder))
         finally:
@@ -79,7 +93,9 @@ class Training:
         found = self._result(name, examples, trainer, time.perf_counter() - start)
         if trainer.is_world_process_zero():
             write_trained(self.model, folder / WEIGHTS)
-            _write(done, found.model_dump_json())
+            _write(result, found.model_dump_json())
+            if before:
+                shutil.rmtree(before)
         return found
 
     def nats(self, model: nn.Module) -> Nats:
@@ -104,7 +120,7 @@ class Training:
             nats={source: nats[f"eval_{source}"] for source in self.held_out},
         )
 
-    def _arguments(self, folder: Path, steps: int, evaluations: int) -> TrainingArguments:
+    def _arguments(self, folder: Path, steps: int, evaluations: int, in_all: int) -> TrainingArguments:
         asked, every = self.settings, math.ceil(steps / evaluations)
         micro = micro_batch(asked)
         try:
@@ -117,7 +133,7 @@ class Training:
                 train_sampling_strategy="sequential",
                 learning_rate=asked.rate,
                 lr_scheduler_type=SCHEDULES[asked.schedule],
-                warmup_steps=min(asked.warmup, steps // 10),
+                warmup_steps=min(asked.warmup, in_all // 10),
                 weight_decay=asked.weight_decay,
                 max_grad_norm=asked.clip,
                 **_checkpointing(asked),
@@ -151,8 +167,17 @@ class Training:
 class _Trainer(Trainer):
     """The Trainer with our loss, our held-out loss, and states that hold exactly what is trained."""
 
-    def __init__(self, asked: Training, examples: Sequence[Example], arguments: TrainingArguments, watch: Watch) -> None:
-        self.asked = asked
+    def __init__(
+        self,
+        asked: Training,
+        examples: Sequence[Example],
+        arguments: TrainingArguments,
+        watch: Watch,
+        before: str | None,
+        done: int,
+        in_all: int,
+    ) -> None:
+        self.asked, self.before, self.done, self.in_all = asked, before, done, in_all
         try:
             super().__init__(
                 model=asked.model,
@@ -244,16 +269,27 @@ class _Trainer(Trainer):
     def _load_best_model(self) -> None:
         read_trained(self.asked.model, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate over all trainings that share it; the optimizer goes on from the one before."""
+        scheduler = super().create_scheduler(self.in_all, optimizer)
+        if self.before:
+            super()._load_optimizer_and_scheduler(self.before)
+            self._learn_as_in(self.done)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As they were, but with the learning rate that is asked for now."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        rate: float = self.args.learning_rate
-        scheduler: Any = self.lr_scheduler
-        optimizer: Any = self.optimizer
-        if checkpoint is not None and scheduler.base_lrs[0] != rate:
-            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-            for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        if checkpoint is not None:
+            scheduler: Any = self.lr_scheduler
+            self._learn_as_in(scheduler.last_epoch)
+
+    def _learn_as_in(self, step: int) -> None:
+        """Sets the learning rate to that of a step."""
+        rate, scheduler, optimizer = self.args.learning_rate, cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
+        scheduler.last_epoch, scheduler.base_lrs = step, [rate] * len(scheduler.base_lrs)
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(step)
 
 
 class Watch(TrainerCallback):
