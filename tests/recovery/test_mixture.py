@@ -55,11 +55,11 @@ def test_every_example_comes_once_before_any_comes_again() -> None:
 
 
 def test_rounds_draw_where_the_model_lags_until_nothing_improves() -> None:
-    seen: list[tuple[int, int, int, int]] = []
+    seen: list[tuple[str, int, int, int, int]] = []
     losses = iter([{"a": 1.5, "b": 1.9}, {"a": 1.1, "b": 1.898}, {"a": 1.1, "b": 1.898}, {"a": 1.1, "b": 1.897}])
 
-    def train(number: int, most: int, examples: list[Example]) -> dict[str, float]:
-        seen.append((number, most, len(examples), sum(example.tokens.item() >= 100 for example in examples)))
+    def train(name: str, examples: list[Example], done: int, in_all: int) -> dict[str, float]:
+        seen.append((name, done, in_all, len(examples), sum(example.tokens.item() >= 100 for example in examples)))
         return next(losses)
 
     found = list(
@@ -75,7 +75,7 @@ def test_rounds_draw_where_the_model_lags_until_nothing_improves() -> None:
         )
     )
     # first uniform; then a lags by 0.5, b by 0.1: 0.515 to 0.115; then 0.1 and 0.098
-    assert seen[:3] == [(1, 10, 8, 4), (2, 10, 8, 1), (3, 10, 8, 4)]
+    assert seen[:3] == [("text-01", 0, 20, 8, 4), ("text-02", 2, 20, 8, 1), ("text-03", 4, 20, 8, 4)]
     assert [one.number for one in found] == [0, 1, 2, 3, 4]
     assert found[2].weights == pytest.approx({"a": 0.515 / 0.63, "b": 0.115 / 0.63})
     assert found[0].gaps == pytest.approx({"a": 1.0, "b": 0.2})
@@ -89,21 +89,21 @@ def test_rounds_draw_where_the_model_lags_until_nothing_improves() -> None:
 def test_no_round_is_shorter_than_ten_steps_unless_the_stage_is(examples: int, most: int, count: int) -> None:
     seen = []
 
-    def train(number: int, most: int, examples: list[Example]) -> dict[str, float]:
-        seen.append((most, len(examples)))
-        return {"a": 2.0 - 0.1 * number}
+    def train(name: str, examples: list[Example], done: int, in_all: int) -> dict[str, float]:
+        seen.append((done * 4, in_all * 4, len(examples)))
+        return {"a": 2.0 - 0.1 * len(seen)}
 
     supply = Supply({"a": numbered(9)}, seed=0)
     for _ in rounds(
         "text", supply, examples=examples, multiple=4, before={"a": 2.0}, dense={"a": 0.0}, train=train, asked=Mixture()
     ):
         pass
-    assert seen == [(most, count)] * most
+    assert seen == [(number * count, most * count, count) for number in range(most)]
 
 
 def test_a_model_that_keeps_up_is_left_alone() -> None:
-    def train(number: int, most: int, examples: list[Example]) -> dict[str, float]:
-        raise AssertionError(number)
+    def train(name: str, examples: list[Example], done: int, in_all: int) -> dict[str, float]:
+        raise AssertionError(name)
 
     supply = Supply({"a": numbered(3)}, seed=0)
     found = list(

@@ -77,27 +77,28 @@ def rounds(
     multiple: int,
     before: Nats,
     dense: Nats,
-    train: Callable[[int, int, list[Example]], Nats],
+    train: Callable[[str, list[Example], int, int], Nats],
     asked: Mixture,
 ) -> Iterator[Round]:
     """Trains round after round until the model keeps up or stops improving; every round gets an even share of `examples`.
 
-    `train` learns from the examples of a round, given its number and that of the most rounds, and gives the loss on each
-    source afterwards. A round is a number of steps of `multiple` examples. The first is uniform. Nothing is trained where there
-    is no gap.
+    `train` learns from examples under a name, told how many steps of the stage are done and how many there are at most, and
+    gives the loss on each source afterwards. A step takes `multiple` examples. The first round is uniform. Nothing is trained
+    where there is no gap.
     """
     gaps = gaps_of(before, dense)
     weighted = [weighted_gap(gaps, floor=asked.floor)]
     yield Round(stage=stage, number=0, gaps=gaps, weighted=weighted[0])
     steps = max(1, round(examples / multiple))
     most = min(asked.rounds, max(1, steps // asked.steps))
-    count = multiple * round(steps / most)
+    each = round(steps / most)
     number = 0
     while number < most and weighted[-1] > 0 and not stalled(weighted, asked):
         number += 1
         weights = weights_of(gaps, floor=asked.floor) if number > 1 else dict.fromkeys(gaps, 1 / len(gaps))
-        drawn = shares(weights, count)
-        gaps = gaps_of(train(number, most, supply.draw(drawn)), dense)
+        drawn = shares(weights, multiple * each)
+        nats = train(f"{stage}-{number:02d}", supply.draw(drawn), (number - 1) * each, most * each)
+        gaps = gaps_of(nats, dense)
         weighted.append(weighted_gap(gaps, floor=asked.floor))
         yield Round(stage=stage, number=number, weights=weights, drawn=drawn, gaps=gaps, weighted=weighted[-1])
 

@@ -251,19 +251,17 @@ def _dynamic(training: Training, pools: Mapping[str, Pool], facts: Facts, seed: 
     assert facts.dense is not None
     whole = sum(pool.counts.tokens for pool in pools.values())
 
+    def train(name: str, examples: list[Example], done: int, in_all: int) -> Nats:
+        after = facts.trainings[-1].name if facts.trainings else None
+        facts.trainings.append(training(name, examples, evaluations=1, after=after, done=done, in_all=in_all))
+        return facts.trainings[-1].nats
+
     for stage in STAGES:
         stage_pools = {source: pool for source, pool in pools.items() if pool.text == (stage == "text")}
         if not stage_pools:
             continue
         share = sum(pool.counts.tokens for pool in stage_pools.values()) / whole
         tokens = None if asked.tokens is None else max(1, round(share * asked.tokens))
-
-        def train(number: int, most: int, examples: list[Example], stage: str = stage) -> Nats:
-            steps, after = len(examples) // asked.batch, facts.trainings[-1].name if facts.trainings else None
-            course: dict[str, Any] = {"after": after, "done": (number - 1) * steps, "in_all": most * steps}
-            facts.trainings.append(training(f"{stage}-{number:02d}", examples, evaluations=1, **course))
-            return facts.trainings[-1].nats
-
         facts.rounds += rounds(
             stage,
             Supply({source: pool.train for source, pool in stage_pools.items()}, seed=seed),
