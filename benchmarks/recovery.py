@@ -25,6 +25,7 @@ from resect.recovery import Distillation, Mixture, Recovery, recover
 
 MEASURE_ONLY = Distillation(weight=0)
 """A teacher that is only compared with."""
+DYNAMIC = Mixture(kind="dynamic", rounds=5)
 LENGTHS = {"0.1M": 100_000, "0.3M": 300_000, "1M": 1_000_000}
 WAYS: dict[str, dict[str, Any]] = {
     "untrained": {},
@@ -32,8 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     **{f"full-{name}": {"tokens": tokens, "full": True} for name, tokens in LENGTHS.items()},
     **{f"lora, teacher-{name}": {"tokens": tokens, "teacher": True} for name, tokens in LENGTHS.items()},
     "full, teacher-0.3M": {"tokens": 300_000, "full": True, "teacher": True},
-    "uniform mixture-0.3M": {"tokens": 300_000, "mixed": True},
-    "dynamic mixture-0.3M": {"tokens": 300_000, "mixed": True, "mixture": Mixture(kind="dynamic", rounds=5)},
+    **{f"uniform mixture-{name}": {"tokens": LENGTHS[name], "mixed": True} for name in ("0.3M", "1M")},
+    **{f"dynamic mixture-{name}": {"tokens": LENGTHS[name], "mixed": True, "mixture": DYNAMIC} for name in ("0.3M", "1M")},
 }
 """Settings of recovery by name; `mixed` learns from all sources, `teacher` from the dense model too."""
 
