@@ -23,6 +23,9 @@ from resect.report.results import ShotSizes
 from tests.report.test_figures import perplexity
 from tests.report.test_reports import complete
 
+SOURCES = ("texts/a.txt", "b")
+"""What a made-up recovery learned from."""
+
 
 def scored() -> tuple[Plan, dict[str, torch.Tensor]]:
     """Four layers of eight channels, of which the four lowest go; unit i of layer l is worth (i + 1) 10**-l."""
@@ -78,17 +81,19 @@ def full_run() -> RunReport:
 
 def recovered() -> RecoveryReport:
     """A recovery with a mixture of two sources."""
-    counts = [Counts(source=name, kind="text", rows=9, examples=8, held_out=1, tokens=999, predicted=900) for name in ("a", "b")]
+    counts = [Counts(source=name, kind="text", rows=9, examples=8, held_out=1, tokens=999, predicted=900) for name in SOURCES]
     losses = [(step, 3 - step / 100) for step in range(1, 31)]
     trained = Trained(
         name="text", steps=30, examples=8, tokens=999, seconds=4, losses=losses, held_out=[(10, 2.9), (30, 2.75)], best_step=30,
-        nats={"a": 2.5, "b": 3.0},
+        nats=dict(zip(SOURCES, (2.5, 3.0), strict=True)),
     )  # fmt: skip
-    gaps = [Round(stage="text", number=n, gaps={"a": 0.5 / (n + 1), "b": 0.25}, weighted=0.3) for n in range(2)]
+    gaps = [dict(zip(SOURCES, (gap, 0.25), strict=True)) for gap in (0.5, 0.25)]
+    rounds = [Round(stage="text", number=number, gaps=one, weighted=0.3) for number, one in enumerate(gaps)]
     facts = Facts(
-        sources=counts, trainable=10, parameters=100, before={"a": 3.0, "b": 3.5}, after={"a": 2.5, "b": 3.0},
-        held_out_before=3.25, held_out_after=2.75, trainings=[trained], rounds=gaps,
+        sources=counts, trainable=10, parameters=100, before=dict(zip(SOURCES, (3.0, 3.5), strict=True)), after=trained.nats,
+        held_out_before=3.25, held_out_after=2.75, trainings=[trained], rounds=rounds,
     )  # fmt: skip
-    recipe: dict[str, Any] = {"model": "small", "settings": {"full": False, "rank": 8}, "teacher": None}
+    settings = {"full": False, "rank": 8, "distillation": {"weight": 0.0, "hidden": 0.0}}
+    recipe: dict[str, Any] = {"model": "small", "settings": settings, "teacher": "dense"}
     recipe |= {"device": "cpu", "dtype": "float32"}
     return recovery_report(recipe, facts)

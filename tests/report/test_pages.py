@@ -189,6 +189,16 @@ def test_the_page_of_a_recovery_has_the_figures_of_its_markdown() -> None:
         assert f"| {' | '.join(row)} |" in markdown
     assert "-39.3 %" in page.text  # exp(2.5) / exp(3.0) - 1 of 20.09 and 12.18
     assert "| 30 | 2.7000 | 2.7500 |" in markdown
+    assert markdown.startswith("# small: recovered on 999 tokens (rank 8, measured beside dense)\n")
+    assert "| round | weighted | a.txt | b |" in markdown
+
+
+def test_sources_lose_their_directories_where_that_leaves_them_apart() -> None:
+    facts = recovered().facts
+    counts = facts.sources[0]
+    assert facts.names == {"texts/a.txt": "a.txt", "b": "b"}
+    facts.sources.append(counts.model_copy(update={"source": "a.txt"}))
+    assert facts.names == {"texts/a.txt": "texts/a.txt", "b": "b", "a.txt": "a.txt"}
 
 
 def test_the_page_of_an_analysis_lists_every_group() -> None:

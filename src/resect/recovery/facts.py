@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -93,3 +94,9 @@ class Facts(Part):
     rounds: list[Round] = []
     """How the gap to the dense model moved, of a dynamic mixture."""
     processes: int = 1
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Sources without the directories that they lie in, unless that makes some of them the same."""
+        short = {counts.source: PurePath(counts.source).name for counts in self.sources}
+        return short if len(set(short.values())) == len(short) else {source: source for source in short}

@@ -32,7 +32,7 @@ class Distillation(Section):
 
 
 class Mixture(Section):
-    """How sources are mixed. The rounds are LoRAShear's (arXiv 2310.18356), section 2.5 of our notes; the constants are ours."""
+    """How sources are mixed. The rounds are LoRAShear's (arXiv 2310.18356); the constants are ours."""
 
     kind: Literal["uniform", "dynamic"] = "uniform"
     """`uniform`: every source gives as many examples. `dynamic`: the further behind the teacher on a source, the more of it."""

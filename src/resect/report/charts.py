@@ -277,9 +277,9 @@ def rounds(facts: Facts, table: Table) -> Chart | None:
     if not facts.rounds:
         return None
     sources = dict.fromkeys(source for one in facts.rounds for source in one.gaps)
+    points = {source: [(place, one.gaps.get(source)) for place, one in enumerate(facts.rounds)] for source in sources}
     traces = [
-        _line(source, [(place, one.gaps.get(source)) for place, one in enumerate(facts.rounds)], number, "lines+markers")
-        for number, source in enumerate(sources)
+        _line(facts.names[source], points[source], number, "lines+markers") for number, source in enumerate(sources)
     ]
     names = [f"{one.stage} {one.number}" for one in facts.rounds]
     axis = {"tickvals": list(range(len(names))), "ticktext": names}

@@ -93,8 +93,10 @@ def _training(report: RecoveryReport) -> str:
     settings, facts = report.recipe["settings"], report.facts
     what = "all weights" if settings["full"] else f"rank {settings['rank']}"
     tokens = sum(training.tokens for training in facts.trainings)
-    teacher = f", taught by {report.recipe['teacher']}" if report.recipe["teacher"] else ""
-    return f"{tokens:,} tokens ({what}{teacher})"
+    teacher, listened = report.recipe["teacher"], settings["distillation"]
+    if teacher:
+        what += f", {'taught by' if listened['weight'] or listened['hidden'] else 'measured beside'} {teacher}"
+    return f"{tokens:,} tokens ({what})"
 
 
 def recovery_lines(report: RecoveryReport) -> list[str]:
@@ -110,12 +112,12 @@ def facts_losses(facts: Facts) -> Rows:
     for counts in facts.sources:
         nats = [facts.before, facts.after, *([facts.dense] if facts.dense else [])]
         values = [f"{math.exp(min(one[counts.source], 700)):.2f}" for one in nats]
-        rows.append([counts.source, *values, f"{counts.examples:,}", f"{counts.held_out:,}"])
+        rows.append([facts.names[counts.source], *values, f"{counts.examples:,}", f"{counts.held_out:,}"])
     return Rows("Held-out perplexity of every source", head, rows)
 
 
 def facts_rounds(facts: Facts) -> Rows:
-    """A row per round: the weighted gap, then gap and share of every source."""
+    """A row per round: the weighted gap, then gap and share of the examples of every source."""
     sources = list(dict.fromkeys(source for one in facts.rounds for source in one.gaps))
     rows = []
     for one in facts.rounds:
@@ -124,8 +126,8 @@ def facts_rounds(facts: Facts) -> Rows:
             for source in sources
         ]
         rows.append([f"{one.stage} {one.number}", f"{one.weighted:.4f}", *cells])
-    head = ["round", "weighted", *(f"{source} (share)" for source in sources)]
-    return Rows("Behind the dense model, nats per token", head, rows)
+    head = ["round", "weighted", *(facts.names[source] for source in sources)]
+    return Rows("Behind the dense model, nats per token (share of the examples)", head, rows)
 
 
 def facts_lines(facts: Facts) -> list[str]:
@@ -143,7 +145,7 @@ def facts_lines(facts: Facts) -> list[str]:
         left += [f"{counts.truncated:,} rows cut off at the length"] if counts.truncated else []
         if counts.remainder:
             left.append(f"{counts.remainder:,} at the end of {counts.tokens + counts.remainder:,} tokens fill no window")
-        lines += [f"{counts.source}: {'; '.join(left)}."] if left else []
+        lines += [f"{facts.names[counts.source]}: {'; '.join(left)}."] if left else []
     return lines
 
 
