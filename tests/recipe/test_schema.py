@@ -64,9 +64,14 @@ def test_lorashear_ends_with_recovery_on_its_calibration_text() -> None:
     assert recovery is not None
     assert (recovery.data, recovery.teacher) == (("c4", "a.txt"), "dense")
     assert (recovery.settings.mixture.kind, recovery.settings.distillation.weight) == ("dynamic", 0)
-    elsewhere = Recipe.from_mapping({**asked, "recovery": {"data": "alpaca", "settings": {"rank": 4}}}).recovery
+    settings = {"rank": 4, "mixture": {"rounds": 3}}
+    elsewhere = Recipe.from_mapping({**asked, "recovery": {"data": "alpaca", "settings": settings}}).recovery
     assert elsewhere is not None
-    assert (elsewhere.data, elsewhere.settings.rank, elsewhere.settings.mixture.kind) == (("alpaca",), 4, "uniform")
+    assert (elsewhere.data, elsewhere.settings.rank, elsewhere.settings.distillation.weight) == (("alpaca",), 4, 0)
+    assert (elsewhere.settings.mixture.kind, elsewhere.settings.mixture.rounds) == ("dynamic", 3)
+    uniform = Recipe.from_mapping({**asked, "recovery": {"settings": {"mixture": {"kind": "uniform"}}}}).recovery
+    assert uniform is not None
+    assert (uniform.data, uniform.settings.mixture.kind) == (("c4", "a.txt"), "uniform")
     assert Recipe.from_mapping({**asked, "recovery": None}).recovery is None
     assert Recipe.from_mapping({"model": "demo"}).recovery is None
     with pytest.raises(UsageError, match="recovery=null"):

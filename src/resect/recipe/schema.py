@@ -37,6 +37,13 @@ def _learning(value: Any) -> Any:
     return {"data": value} if isinstance(value, str | list | tuple) else value
 
 
+def _over(usual: Any, asked: Any) -> Any:
+    """What is asked for in place of what is usual, key by key in every section."""
+    if not (isinstance(usual, Mapping) and isinstance(asked, Mapping)):
+        return asked
+    return {**usual, **{key: _over(usual.get(key), value) for key, value in asked.items()}}
+
+
 def _source(value: Any) -> Any:
     """A text, or several, stand for the section that names them."""
     return {"source": value} if isinstance(value, str | list | tuple) else value
@@ -216,7 +223,7 @@ class Recipe(Section):
                 f"method = {values['method']} ends with recovery, and no text is named for it. Name one (--recover FILE, or "
                 "--data FILE for calibration too), or stop before it (recovery=null)."
             )
-        return {**values, "recovery": {"data": source, "settings": kind.recovery, **asked}}
+        return {**values, "recovery": _over({"data": source, "settings": kind.recovery}, asked)}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
