@@ -120,6 +120,7 @@ def test_the_papers_settings() -> None:
         ({"settings": {"mixture": {"kind": "dynamc"}}}, "settings.mixture.kind = 'dynamc'.*'dynamic'"),
         ({"settings": {"report_to": "tensorbord"}}, "'tensorbord'.*'tensorboard'"),
         ({"data": []}, "data"),
+        ({"settings": {"mixture": {"kind": "dynamic"}}}, "no teacher is named"),
     ],
 )
 def test_what_is_not_known_is_refused(changes: dict[str, Any], said: str) -> None:

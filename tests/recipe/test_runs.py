@@ -358,9 +358,9 @@ def test_lorashear_runs_all_its_stages_and_goes_on_where_it_was_cut_short(
     dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"warmup_steps": 1, "periods": 2, "period_steps": 2, "analysis": {"ratios": [0.5], "windows": 2}}
-    mixture = {"kind": "dynamic", "rounds": 2, "patience": 2, "tolerance": 0}
+    mixture = {"rounds": 2, "patience": 2, "tolerance": 0}
     asked = {"method": "lorashear", "layout": "per-layer", "settings": settings}
-    asked |= {"recovery": {"data": str(text), "settings": {**LEARNING, "mixture": mixture, "distillation": {"weight": 0}}}}
+    asked |= {"recovery": {"data": str(text), "settings": {**LEARNING, "mixture": mixture}}}
     whole = run(recipe_of(dense, text, tmp_path / "whole", **asked))
     report = whole.report
     assert report.status == "complete"
@@ -387,7 +387,7 @@ def test_zeros_of_a_pattern_stay_in_a_run_that_ends_with_recovery(
     dense: Path, text: Path, tmp_path: Path, no_verify: None
 ) -> None:
     asked = {"method": "llm-surgeon", "settings": {"mode": "2:4", "shots": 1}}
-    recovery = {"data": str(text), "teacher": None, "settings": LEARNING}
+    recovery = {"data": str(text), "settings": LEARNING}
     result = run(recipe_of(dense, text, tmp_path / "out", recovery=recovery, **asked))
     pattern = Pattern.from_json((tmp_path / "out" / "pattern.json").read_text())
     for name in pattern.zeroed:

@@ -11,6 +11,7 @@ import yaml
 from resect.errors import UsageError
 from resect.methods import LLMPruner
 from resect.recipe import Recipe, Timing, evaluation_section, read_recipe
+from resect.recipe.schema import RecoverySection
 
 RECIPES = sorted(file for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if "recover" not in file.name)
 
@@ -74,8 +75,11 @@ def test_lorashear_ends_with_recovery_on_its_calibration_text() -> None:
     assert (uniform.data, uniform.settings.mixture.kind) == (("c4", "a.txt"), "uniform")
     assert Recipe.from_mapping({**asked, "recovery": None}).recovery is None
     assert Recipe.from_mapping({"model": "demo"}).recovery is None
+    assert Recipe.from_mapping({"model": "demo", "recovery": "c4"}).recovery == RecoverySection(data=("c4",), teacher=None)
     with pytest.raises(UsageError, match="recovery=null"):
         Recipe.from_mapping({"model": "demo", "method": "lorashear"})
+    with pytest.raises(UsageError, match="no teacher is named"):
+        Recipe.from_mapping({**asked, "recovery": {"teacher": None}})
 
 
 def test_yaml_is_complete_and_comes_back() -> None:

@@ -47,7 +47,10 @@ class Analysis(BaseModel):
 class LoRAShear(Method):
     """Settings of the method; docs/methods.md says which are the paper's."""
 
-    recovery: ClassVar[Mapping[str, Any] | None] = {"mixture": {"kind": "dynamic"}, "distillation": {"weight": 0}}
+    recovery: ClassVar[Mapping[str, Any] | None] = {
+        "teacher": "dense",
+        "settings": {"mixture": {"kind": "dynamic"}, "distillation": {"weight": 0}},
+    }
     """The dense model measures how far sources are behind, and does not teach."""
 
     kinds: tuple[Literal["heads", "channels", "experts"], ...] = ("heads", "channels")

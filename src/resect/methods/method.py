@@ -43,7 +43,7 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     recovery: ClassVar[Mapping[str, Any] | None] = None
-    """Settings of the recovery that the method ends with; None: it ends with the cut."""
+    """The section of the recovery that the method ends with, but for the data; None: it ends with the cut."""
 
     compensation: Compensation | None = None
     """Whether and how layers that read removed units are updated."""

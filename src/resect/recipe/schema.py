@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -119,6 +120,17 @@ class EvaluationSection(Section):
     """Whether the prompts are messages, put into the tokenizer's chat template."""
 
 
+def _measurable(settings: Recovery, info: ValidationInfo) -> Recovery:
+    if settings.mixture.kind == "dynamic" and info.data.get("teacher", "refused already") is None:
+        raise ValueError(
+            "A dynamic mixture measures how far the model is behind the dense one, and no teacher is named. Name it "
+            "(resect recover --teacher DENSE; in a run that prunes, --set recovery.teacher=dense), or use the uniform mixture."
+        )
+    return settings
+
+
+Learning = Annotated[Recovery, AfterValidator(_measurable)]
+"""Settings of a section that names a teacher above them."""
 DENSE = "dense"
 """The name by which a recipe means the model that it prunes, as it was."""
 
@@ -128,9 +140,9 @@ class RecoverySection(Section):
 
     data: Annotated[Texts, Field(min_length=1)]
     """Files, hub data sets or `demo`: texts, then instructions where the mixture is dynamic."""
-    teacher: str | None = DENSE
+    teacher: str | None = None
     """A model by name; `dense` is the one that is pruned. None: nobody."""
-    settings: Recovery = Recovery()
+    settings: Learning = Recovery()
 
 
 class Recipe(Section):
@@ -223,7 +235,7 @@ class Recipe(Section):
                 f"method = {values['method']} ends with recovery, and no text is named for it. Name one (--recover FILE, or "
                 "--data FILE for calibration too), or stop before it (recovery=null)."
             )
-        return {**values, "recovery": _over({"data": source, "settings": kind.recovery}, asked)}
+        return {**values, "recovery": _over({"data": source, **kind.recovery}, asked)}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
