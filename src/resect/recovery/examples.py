@@ -62,11 +62,10 @@ def read_pool(source: str, tokenizer: Any, settings: Recovery, *, seed: int) -> 
     """
     found = read_rows(source)
     kind = _kind(source, found)
+    counts = Counts(source=source, kind=kind, rows=len(found.rows), detail=found.detail)
     if kind == "text":
-        counts = Counts(source=source, kind=kind, rows=len(found.rows), detail=found.detail)
         examples = packed([str(row.get("text") or "") for row in found.rows], tokenizer, length=settings.length, counts=counts)
     else:
-        counts = Counts(source=source, kind=kind, rows=len(found.rows), detail=found.detail)
         conversation = _messages if kind == "messages" else _alpaca if settings.template == "alpaca" else _chat
         examples = _responses(found.rows, tokenizer, conversation, length=settings.length, counts=counts)
     if len(examples) < 2:
