@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from resect.errors import UsageError, nearest
 from resect.explain import explain
-from resect.recipe.schema import EvaluationSection, Recipe
+from resect.recipe.schema import EvaluationSection, Recipe, overlaid
 
 INTEGER, DECIMAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
@@ -87,16 +87,6 @@ def assigned(assignment: str) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return dict(value)
-
-
-def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = overlaid(below, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def _beside(file: Path) -> str:

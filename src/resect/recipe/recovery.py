@@ -24,8 +24,8 @@ from resect.explain import explain
 from resect.plan import Pattern
 from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
-from resect.recipe.reading import assigned, overlaid, read_values
-from resect.recipe.schema import Learning, RecoverySection, Section, _several
+from resect.recipe.reading import assigned, read_values
+from resect.recipe.schema import RecoverySection, RecoverySettings, Section, _several, overlaid
 from resect.recovery import Recovery
 from resect.report import RecoveryReport, peak_memory, recovery_card, recovery_html, recovery_markdown, recovery_report
 
@@ -47,7 +47,7 @@ class RecoveryRecipe(Section):
     """Files, hub data sets or `demo`."""
     teacher: str | None = None
     """The dense model, by name."""
-    settings: Learning = Recovery()
+    settings: RecoverySettings = Recovery()
     seed: int = Field(default=42, ge=0)
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -38,11 +38,14 @@ def _learning(value: Any) -> Any:
     return {"data": value} if isinstance(value, str | list | tuple) else value
 
 
-def _over(usual: Any, asked: Any) -> Any:
-    """What is asked for in place of what is usual, key by key in every section."""
-    if not (isinstance(usual, Mapping) and isinstance(asked, Mapping)):
-        return asked
-    return {**usual, **{key: _over(usual.get(key), value) for key, value in asked.items()}}
+def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = overlaid(below, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def _source(value: Any) -> Any:
@@ -129,7 +132,7 @@ def _measurable(settings: Recovery, info: ValidationInfo) -> Recovery:
     return settings
 
 
-Learning = Annotated[Recovery, AfterValidator(_measurable)]
+RecoverySettings = Annotated[Recovery, AfterValidator(_measurable)]
 """Settings of a section that names a teacher above them."""
 DENSE = "dense"
 """The name by which a recipe means the model that it prunes, as it was."""
@@ -142,7 +145,7 @@ class RecoverySection(Section):
     """Files, hub data sets or `demo`: texts, then instructions where the mixture is dynamic."""
     teacher: str | None = None
     """A model by name; `dense` is the one that is pruned. None: nobody."""
-    settings: Learning = Recovery()
+    settings: RecoverySettings = Recovery()
 
 
 class Recipe(Section):
@@ -235,7 +238,7 @@ class Recipe(Section):
                 f"method = {values['method']} ends with recovery, and no text is named for it. Name one (--recover FILE, or "
                 "--data FILE for calibration too), or stop before it (recovery=null)."
             )
-        return {**values, "recovery": _over({"data": source, **kind.recovery}, asked)}
+        return overlaid({"recovery": {"data": source, **kind.recovery}}, {**values, "recovery": asked})
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
