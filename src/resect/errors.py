@@ -53,6 +53,10 @@ class OtherMachine(ResectWarning):
     """Something was measured on another machine than this one."""
 
 
+class EmulatedPrecision(ResectWarning):
+    """What is computed in has no instructions on this processor, and takes far longer than float32."""
+
+
 class SecondTermClipped(ResectWarning):
     """The second Kronecker term of a curvature took more from the first than can be, and was clipped."""
 

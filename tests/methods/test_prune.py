@@ -211,4 +211,4 @@ def test_estimates_in_half_precision_are_near(method: str, settings: dict[str, A
     finite = found[False].isfinite() & found[True].isfinite()
     exact, rounded = found[False][finite], found[True][finite]
     assert not torch.equal(exact, rounded)
-    assert float((exact - rounded).norm() / exact.norm()) < 0.05
+    assert float((exact - rounded).norm() / exact.norm()) < 0.1

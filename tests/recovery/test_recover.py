@@ -382,7 +382,9 @@ def test_a_new_schedule_keeps_the_optimizer(text: Path, tmp_path: Path, monkeypa
     assert moved == pytest.approx(settings.rate, rel=0.5)  # not the rate of 0 that the first training ended with
 
 
-def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def mixed(model: PreTrainedModel, text: Path, tmp_path: Path) -> dict[str, Any]:
+    """A dynamic mixture of two texts, on the first of which the teacher is far ahead, and instructions."""
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(97 + number * number % 26) for number in range(600)))
     rows = [{"instruction": f"Count to {number}.", "output": "1 2 3"} for number in range(30)]
@@ -391,13 +393,17 @@ def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text:
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}{{ '[a]' if add_generation_prompt }}"
     )
-    sources = [str(text), str(other), str(tmp_path / "rows.jsonl")]
     teacher = copy.deepcopy(model)
-    call(teacher, text, with_(tokens=60 * 64, full=True))  # far ahead on the first source
+    call(teacher, text, with_(tokens=60 * 64, full=True))
     mixture = Mixture(kind="dynamic", rounds=3, steps=2).model_dump()
     settings = with_(mixture=mixture, length=80, template="chat", tokens=5_000, distillation={"weight": 0})
-    options: Any = {"settings": settings, "teacher": teacher, "progress": tmp_path / "p"}
-    found = recover(copy.deepcopy(model), tokenizer, data=sources, **options)
+    data = [str(text), str(other), str(tmp_path / "rows.jsonl")]
+    return {"tokenizer": tokenizer, "data": data, "settings": settings, "teacher": teacher}
+
+
+def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, mixed: dict[str, Any], tmp_path: Path) -> None:
+    sources = mixed["data"]
+    found = recover(copy.deepcopy(model), progress=tmp_path / "p", **mixed)
     stages = [(one.stage, one.number) for one in found.facts.rounds]
     assert stages[0] == ("text", 0)
     assert ("instructions", 0) in stages
@@ -405,9 +411,27 @@ def test_dynamic_recovery_says_how_every_gap_moved(model: PreTrainedModel, text:
     assert first.weights == {sources[0]: 0.5, sources[1]: 0.5}
     assert second.weights[sources[0]] != second.weights[sources[1]]
     assert first.gaps[sources[0]] < found.facts.rounds[0].gaps[sources[0]]
-    again = recover(copy.deepcopy(model), tokenizer, data=sources, resume=True, **options)
+    again = recover(copy.deepcopy(model), progress=tmp_path / "p", resume=True, **mixed)
     assert again.facts.rounds == found.facts.rounds
     assert same(again.model, found.model)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_instructions_after_text_learn_at_a_lower_rate(
+    model: PreTrainedModel, mixed: dict[str, Any], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, rates = Watch.on_train_begin, dict[str, float]()
+
+    def watched(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(self, args, state, control, **kwargs)
+        rates[self.name] = kwargs["optimizer"].param_groups[0]["initial_lr"]
+
+    monkeypatch.setattr(Watch, "on_train_begin", watched)
+    recover(model, **mixed | {"data": mixed["data"][first:]})
+    text_rates = {rate for name, rate in rates.items() if name.startswith("text")}
+    instruction_rates = {rate for name, rate in rates.items() if name.startswith("instructions")}
+    whole = mixed["settings"].rate
+    assert (text_rates, instruction_rates) == ({whole}, {0.3 * whole}) if first == 0 else (set(), {whole})
 
 
 def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:

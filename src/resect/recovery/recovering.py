@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,9 @@ def _dynamic(training: Training, pools: Mapping[str, Pool], facts: Facts, seed: 
         return facts.trainings[-1].nats
 
     for stage in STAGES:
+        if facts.trainings:
+            lower = asked.rate * asked.mixture.instructions_rate
+            training = replace(training, settings=asked.model_copy(update={"learning_rate": lower}))
         stage_pools = {source: pool for source, pool in pools.items() if pool.text == (stage == "text")}
         if not stage_pools:
             continue

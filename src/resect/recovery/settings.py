@@ -46,6 +46,8 @@ class Mixture(Section):
     """An improvement of the weighted gap by less than this share of it is none."""
     patience: int = Field(default=2, ge=1)
     """A stage ends after so many rounds in a row without an improvement."""
+    instructions_rate: float = Field(default=0.3, gt=0)
+    """The learning rate of instructions that come after text, over that of the text: high rates undo what it gave back."""
 
 
 def _several(value: Any) -> Any:

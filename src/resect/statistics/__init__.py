@@ -1,6 +1,6 @@
 """Gradients of the loss and Kronecker factors of its curvature, as sums that add; nothing is decided here."""
 
-from resect.statistics.blockwise import Chain, computing, prepared
+from resect.statistics.blockwise import Chain, prepared
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, Moments, collect_curvature, tell_clipped
 from resect.statistics.elements import CRITERIA, Criterion
@@ -8,6 +8,7 @@ from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
 from resect.statistics.losses import IGNORED, divergence, prediction_losses, token_losses
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
+from resect.statistics.precision import computing
 from resect.statistics.prefix import Pairs, Prefix
 
 __all__ = [

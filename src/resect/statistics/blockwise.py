@@ -294,13 +294,6 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def computing(model: nn.Module, *, bf16: bool) -> AbstractContextManager[Any]:
-    """The precision that a network computes in while this lasts: bfloat16 where torch.autocast deems it safe, or as it is."""
-    device = next(model.parameters()).device.type
-    # weights may change on the way, and a cache would not notice
-    return torch.autocast(device, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
-
-
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients anywhere; everything as it was afterwards."""

@@ -1,0 +1,35 @@
+"""The precision that a network computes in."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from resect.errors import EmulatedPrecision
+
+
+def computing(model: nn.Module, *, bf16: bool) -> AbstractContextManager[Any]:
+    """The precision that a network computes in while this lasts: bfloat16 where torch.autocast deems it safe, or as it is.
+
+    Warns (`EmulatedPrecision`) where that is bfloat16 on a processor that has no instructions for it.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device.type
+    if device == "cpu" and (bf16 or parameter.dtype == torch.bfloat16) and not multiplies_bfloat16():
+        warnings.warn(
+            "This processor does not multiply in bfloat16: emulating it can take tens of times as long as float32. Leave out "
+            "bf16 (--set settings.bf16=false, or recovery.settings.bf16=false) and load the model in float32.",
+            EmulatedPrecision,
+            stacklevel=2,
+        )
+    # weights may change on the way, and a cache would not notice
+    return torch.autocast(device, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the library that multiplies matrices on the processor has a kernel for bfloat16 here."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
