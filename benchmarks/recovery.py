@@ -72,7 +72,8 @@ class Table:
                 answers = [task.answered(model, self.tokenizer, limit=self.asked.task_limit) for task in self.tasks]
             values |= {one.task: one.accuracy for one in answers}
             values["mean accuracy"], values["standard error"] = mean_accuracy(answers)
-        self.rows.append({"settings": way, "kept": keep, "seed": seed, **values, **facts})
+        computed = "bfloat16" if self.asked.bf16 else "float32"
+        self.rows.append({"settings": way, "kept": keep, "seed": seed, "computed in": computed, **values, **facts})
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in self.rows[-1].items()}, flush=True)
         order = ["dense", *WAYS]
         self.rows.sort(key=lambda row: (-row["kept"], order.index(row["settings"]), row["seed"]))

@@ -254,9 +254,9 @@ class _Trainer(Trainer):
         kept = f"The last good state is {state}." if state else "No state was noted yet."
         return NumericsError(
             f"The {what} is {value} in step {self.state.global_step + 1} of {self.state.max_steps}. {kept} Lower "
-            f"settings.learning_rate ({self.asked.settings.rate:g}) or settings.clip ({self.asked.settings.clip:g}), or compute "
-            "in a wider type (float32; bfloat16 instead of float16). With --resume a lower learning rate goes on from the "
-            "last good state."
+            f"settings.learning_rate ({self.asked.settings.rate:g} here) or settings.clip ({self.asked.settings.clip:g}), or "
+            "compute in a wider type (float32; bfloat16 instead of float16). With --resume a lower learning rate goes on from "
+            "the last good state."
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
