@@ -13,6 +13,7 @@ import resect
 from resect.errors import NumericsError, UsageError
 from resect.methods import METHODS, LLMPruner
 from resect.statistics import Classes, Data
+from resect.statistics.precision import multiplies_bfloat16
 from tests.models import FAMILIES, assert_same_function, assert_untouched, copy_of, random_tokens, snapshot, tiny_tokenizer
 
 TOKENS = random_tokens(6, 12, seed=3)
@@ -211,4 +212,5 @@ def test_estimates_in_half_precision_are_near(method: str, settings: dict[str, A
     finite = found[False].isfinite() & found[True].isfinite()
     exact, rounded = found[False][finite], found[True][finite]
     assert not torch.equal(exact, rounded)
-    assert float((exact - rounded).norm() / exact.norm()) < 0.1
+    limit = 0.05 if multiplies_bfloat16() else 0.1
+    assert float((exact - rounded).norm() / exact.norm()) < limit

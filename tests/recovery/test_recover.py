@@ -431,7 +431,7 @@ def test_instructions_after_text_learn_at_a_lower_rate(
     text_rates = {rate for name, rate in rates.items() if name.startswith("text")}
     instruction_rates = {rate for name, rate in rates.items() if name.startswith("instructions")}
     whole = mixed["settings"].rate
-    assert (text_rates, instruction_rates) == ({whole}, {0.3 * whole}) if first == 0 else (set(), {whole})
+    assert (text_rates, instruction_rates) == (({whole}, {0.3 * whole}) if first == 0 else (set(), {whole}))
 
 
 def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:
