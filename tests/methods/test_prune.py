@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import resect
-from resect.errors import NumericsError, UsageError
+from resect.errors import EmulatedPrecision, NumericsError, UsageError
 from resect.methods import METHODS, LLMPruner
-from resect.statistics import Classes, Data
+from resect.statistics import Classes, Data, precision
 from resect.statistics.precision import multiplies_bfloat16
 from tests.models import FAMILIES, assert_same_function, assert_untouched, copy_of, random_tokens, snapshot, tiny_tokenizer
 
@@ -198,19 +199,24 @@ def test_gradients_of_other_networks_are_refused() -> None:
     ("method", "settings"),
     [("llm-pruner", {}), ("llm-surgeon", {"shots": 2}), ("lorashear", {"analysis": None, "warmup_steps": 2, "periods": 1})],
 )
-def test_estimates_in_half_precision_are_near(method: str, settings: dict[str, Any]) -> None:
+def test_estimates_in_half_precision_are_near(
+    method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the network computes is rounded; sums, scores and weights keep their types, and precision is as it was afterwards."""
-    found = {}
+    found, limit = {}, 0.05 if multiplies_bfloat16() else 0.1
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     for bf16 in (False, True):
         model = FAMILIES["llama"]()
-        result = resect.prune(
-            model, method=method, data=TOKENS, layout="per-layer", plan_only=True, settings={**settings, "bf16": bf16}
-        )
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            result = resect.prune(
+                model, method=method, data=TOKENS, layout="per-layer", plan_only=True, settings={**settings, "bf16": bf16}
+            )
+        assert [one.category for one in heard] == [EmulatedPrecision] * bf16
         found[bf16] = torch.cat([scores.double() for _, scores in sorted(result.scores.items())])
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert not torch.is_autocast_enabled("cpu")
     finite = found[False].isfinite() & found[True].isfinite()
     exact, rounded = found[False][finite], found[True][finite]
     assert not torch.equal(exact, rounded)
-    limit = 0.05 if multiplies_bfloat16() else 0.1
     assert float((exact - rounded).norm() / exact.norm()) < limit

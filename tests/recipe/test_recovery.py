@@ -58,6 +58,13 @@ def test_a_recovery_from_end_to_end(dense: Path, text: Path, tmp_path: Path) -> 
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == load(dense).num_parameters()
 
 
+def test_a_recovery_that_helps_nothing_says_so(dense: Path, text: Path, tmp_path: Path, no_verify: None) -> None:
+    flags = [f"--set=settings.{name}={value}" for name, value in {**SMALL, "learning_rate": 1e-30}.items()]
+    answer = CliRunner().invoke(app, ["recover", str(dense), "-o", str(tmp_path / "out"), "--data", str(text), *flags])
+    assert answer.exit_code == 0, answer.stderr
+    assert answer.stderr.count("note: The held-out loss did not fall") == 1
+
+
 def test_killed_and_resumed_gives_the_same_file(
     dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

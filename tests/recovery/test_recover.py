@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from resect.errors import DataError, NumericsError, UsageError
+from resect.errors import DataError, EmulatedPrecision, NumericsError, UsageError
 from resect.recovery import Distillation, Mixture, Recovery, recover, recovering, training
 from resect.recovery.adapter import attach, linear_layers
 from resect.recovery.examples import read_pool
 from resect.recovery.heldout import held_out_nats
 from resect.recovery.teacher import state_difference
 from resect.recovery.training import Watch, last_state, micro_batch
-from resect.statistics import divergence, token_losses
+from resect.statistics import divergence, precision, token_losses
 from resect.surgery.gather import gather
 from tests.models import (
     FAMILIES,
@@ -307,8 +307,13 @@ def test_checkpointing_computes_the_same(model: PreTrainedModel, text: Path) -> 
     assert not other.is_activation_checkpointing
 
 
-def test_bfloat16_computing_leaves_the_model_in_float32(model: PreTrainedModel, text: Path) -> None:
-    found = call(model, text, with_(bf16=True, full=True))
+def test_bfloat16_computing_leaves_the_model_in_float32(
+    model: PreTrainedModel, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    with pytest.warns(EmulatedPrecision) as heard:
+        found = call(model, text, with_(bf16=True, full=True))
+    assert [one.category for one in heard] == [EmulatedPrecision]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert "forward" not in vars(model)
     assert found.facts.held_out_after < found.facts.held_out_before

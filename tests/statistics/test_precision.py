@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from resect.errors import EmulatedPrecision
-from resect.statistics import computing, precision
+from resect.statistics import computing, precision, tell_emulated
 
 
 @pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_a_processor_that_emulates_bfloat16_is_named(dtype: torch.dtype, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     layer = nn.Linear(4, 4, dtype=dtype)
-    with pytest.warns(EmulatedPrecision, match="does not multiply in bfloat16.*settings.bf16=false"), computing(layer, bf16=bf16):
+    with pytest.warns(EmulatedPrecision, match="does not multiply in bfloat16.*settings.bf16=false"):
+        tell_emulated(layer, bf16=bf16)
+    with computing(layer, bf16=bf16):
         assert layer(torch.ones(1, 4, dtype=dtype)).dtype == torch.bfloat16
 
 
@@ -29,4 +31,4 @@ def test_nothing_is_said_where_nothing_is_emulated(
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: able)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        computing(nn.Linear(4, 4, dtype=dtype, device=device), bf16=bf16)
+        tell_emulated(nn.Linear(4, 4, dtype=dtype, device=device), bf16=bf16)

@@ -9,10 +9,15 @@ from contextlib import contextmanager
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
+from resect.errors import ResectWarning
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, warnings or lesser log lines from transformers and its hub client in the block; as before afterwards."""
+    """No progress bars, warnings or lesser log lines from transformers and its hub client in the block; as before afterwards.
+
+    Warnings of ours (`ResectWarning`) are shown, each once.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     logging.set_verbosity_error()
@@ -21,6 +26,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("once", ResectWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)

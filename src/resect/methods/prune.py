@@ -32,7 +32,7 @@ from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
-from resect.statistics import BATCH_TOKENS, Data
+from resect.statistics import BATCH_TOKENS, Data, tell_emulated
 from resect.surgery import cut_and_check, gather_and_check
 
 Watch = Callable[[nn.Module, Graph, Sequence[Plan]], None]
@@ -113,6 +113,8 @@ def prune(
         )
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     check_budget(budget, keep=keep, of=of, method=chosen)
+    if chosen.needs_data:
+        tell_emulated(model, bf16=chosen.bf16)
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         graph = trace(model, inputs)

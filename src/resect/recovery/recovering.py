@@ -29,6 +29,7 @@ from resect.recovery.mixture import Supply, rounds, shares
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
 from resect.recovery.training import Say, Training, processes
+from resect.statistics import tell_emulated
 
 STAGES = ("text", "instructions")
 CHECKPOINTED = "gradient_checkpointing"
@@ -71,6 +72,7 @@ def recover(
     settings = settings or Recovery()
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
+    tell_emulated(model, bf16=settings.bf16)
     pools = {source: read_pool(source, tokenizer, settings, seed=seed) for source in sources}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))

@@ -8,7 +8,7 @@ from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
 from resect.statistics.losses import IGNORED, divergence, prediction_losses, token_losses
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
-from resect.statistics.precision import computing
+from resect.statistics.precision import computing, tell_emulated
 from resect.statistics.prefix import Pairs, Prefix
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "prepared",
     "readers",
     "tell_clipped",
+    "tell_emulated",
     "token_loss",
     "token_losses",
     "wide",
