@@ -106,6 +106,7 @@ def trained(table: Table, way: str, keep: float, seed: int) -> None:
         data = asked.sources if settings.pop("mixed", False) else asked.calibration
         if "mixture" in settings:
             settings["distillation"] = MEASURE_ONLY
+            facts["rate of instructions"] = settings["mixture"].instructions_rate
         rate = asked.full_rate if settings.get("full") else asked.rate
         settings |= {"length": 256, "held_out": 32, "evaluations": 5, "batch": asked.batch, "bf16": asked.bf16}
         settings |= {"learning_rate": rate} if rate else {}
