@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from resect.errors import DataError, EmulatedPrecision, NumericsError, UsageError
+from resect.errors import DataError, EmulatedPrecision, NumericsError, ResectWarning, UsageError
 from resect.recovery import Distillation, Mixture, Recovery, recover, recovering, training
 from resect.recovery.adapter import attach, linear_layers
 from resect.recovery.examples import read_pool
@@ -437,6 +438,18 @@ def test_instructions_after_text_learn_at_a_lower_rate(
     instruction_rates = {rate for name, rate in rates.items() if name.startswith("instructions")}
     whole = mixed["settings"].rate
     assert (text_rates, instruction_rates) == (({whole}, {0.3 * whole}) if first == 0 else (set(), {whole}))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_first_warns(
+    first: bool, model: PreTrainedModel, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovering, "_main", lambda: first)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", ResectWarning)
+        call(model, text, with_(bf16=True, learning_rate=1e-30))
+    assert [one.category for one in heard] == [EmulatedPrecision, ResectWarning] * first
 
 
 def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def recover(
     settings = settings or Recovery()
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
-    tell_emulated(model, bf16=settings.bf16)
+    if _main():
+        tell_emulated(model, bf16=settings.bf16)
     pools = {source: read_pool(source, tokenizer, settings, seed=seed) for source in sources}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
@@ -104,7 +105,8 @@ def recover(
         adapter = adapter_of(trained) if isinstance(trained, PeftModel) else None
         if isinstance(trained, PeftModel):
             trained.merge_and_unload()
-    _warn(facts)
+    if _main():
+        _warn(facts)
     return Recovered(model, adapter, facts)
 
 
@@ -228,7 +230,7 @@ def _digest(pools: Mapping[str, Pool]) -> str:
 
 
 def _main() -> bool:
-    """Whether this process writes files."""
+    """Whether this process writes files, and warns."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
