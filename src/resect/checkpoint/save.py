@@ -23,6 +23,7 @@ from resect.errors import CheckpointError, UsageError
 from resect.evaluation import evaluating
 from resect.surgery import modeling_resect
 from resect.surgery.modeling_resect import removed_blocks, shorten
+from resect.surroundings import unaffected
 
 FORMAT = 1
 
@@ -54,6 +55,7 @@ class Saved:
     parameters: int
 
 
+@unaffected()
 def save(
     model: PreTrainedModel,
     directory: str | Path,

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
 from resect.errors import CheckpointError
+from resect.surroundings import unaffected
 
 
 @torch.no_grad()
+@unaffected()
 def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | None = None) -> float:
     """The largest logit difference between `model` and what a fresh process loads, relative to the logits' spread.
 

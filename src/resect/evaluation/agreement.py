@@ -11,6 +11,7 @@ from resect.errors import NumericsError, UsageError
 from resect.evaluation.perplexity import batches
 from resect.evaluation.tasks import Answers
 from resect.statistics import IGNORED, prediction_losses
+from resect.surroundings import unaffected
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Flips:
     """Wrong before, right now."""
 
 
+@unaffected()
 def agreement(
     model: PreTrainedModel,
     reference: PreTrainedModel,

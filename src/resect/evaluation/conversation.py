@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TextStreamer
 from resect.errors import UsageError
 from resect.evaluation.generation import greedy
 from resect.evaluation.mode import evaluating
+from resect.surroundings import plain, unwrapped
 
 Write = Callable[[str], None]
 
@@ -42,6 +43,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
         if self.new_tokens < 1:
             raise UsageError(f"Answers of {self.new_tokens} tokens were asked for; 1 is the least.")
         if not self.temperature >= 0:
@@ -63,7 +65,7 @@ class Conversation:
             write(text)
 
         start = time.perf_counter()
-        with evaluating(self.model):
+        with plain(self.model), evaluating(self.model):
             generate: Any = self.model.generate
             written = generate(
                 tokens,

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from resect.errors import UsageError
 from resect.evaluation.mode import evaluating
+from resect.surroundings import unaffected
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 """Settings that mean nothing to greedy search, and are warned of."""
 
 
+@unaffected()
 def generations(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int = 64, chat: bool = False
 ) -> list[str]:

@@ -14,6 +14,7 @@ from resect.errors import DataError, UsageError, nearest
 from resect.evaluation.mode import evaluating
 from resect.evaluation.offline import PREFIX
 from resect.evaluation.tasks import SEVEN, Answers, likeliest
+from resect.surroundings import unaffected
 
 BATCH = 8
 """Requests that run together; padded to one length, sorted by it."""
@@ -31,6 +32,7 @@ class HarnessTask:
     metric: str
     manager: Any
 
+    @unaffected()
     def answered(
         self, model: PreTrainedModel, tokenizer: Any, *, shots: int = 0, limit: int | None = None, name: str = ""
     ) -> Answers:

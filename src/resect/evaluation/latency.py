@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from resect.errors import ModelError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.size import PeakMemory
+from resect.surroundings import unaffected
 
 Network = Callable[..., Any]
 """A model, or what `torch.compile` makes of its code."""
@@ -68,11 +69,13 @@ class Latency:
         return Spread(tuple(self.batch / speed for speed in self.decode_tokens_per_second.values))
 
 
+@unaffected()
 def latency(model: PreTrainedModel, *, prompt: int = 512, decode: int = 32, repeats: int = 5, batch: int = 1) -> Latency:
     """The latency of one model; to compare models, measure them together with `latencies`."""
     return latencies({"model": model}, prompt=prompt, decode=decode, repeats=repeats, batch=batch)["model"]
 
 
+@unaffected()
 def latencies(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -103,6 +106,8 @@ def latencies(
     ):
         for model in models.values():
             stack.enter_context(evaluating(model))
+        if compile:
+            stack.enter_context(torch.compiler.set_stance("default"))
         networks: dict[str, Network] = {
             name: torch.compile(model.forward) if compile else model for name, model in models.items()
         }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.statistics import IGNORED, prediction_losses
+from resect.surroundings import unaffected
 
 LOGITS = 2**27
 """Logits that a batch may give, if `batch_tokens` is not set: 512 MiB of float32."""
@@ -46,6 +47,7 @@ class Perplexity:
     """Bytes that the predicted tokens of every window cover; empty where they are not known."""
 
 
+@unaffected()
 def perplexity(
     model: PreTrainedModel,
     tokens: Tensor,

@@ -31,6 +31,7 @@ from resect.evaluation.mode import evaluating
 from resect.graph import DEPTH, Graph, Group
 from resect.plan import Cost, Kept, Plan, Workload
 from resect.surgery import cut
+from resect.surroundings import unaffected
 
 EVEN = 0.01
 """Times that differ by less than this share are equal."""
@@ -135,6 +136,7 @@ class LatencyTable(BaseModel):
             raise UsageError(f"This is no latency table: {problem}") from problem
 
 
+@unaffected()
 def latency_table(
     model: PreTrainedModel,
     graph: Graph,
@@ -164,6 +166,7 @@ def latency_table(
     )
 
 
+@unaffected()
 def measure_families(
     graph: Graph,
     timer: Timer,

@@ -20,6 +20,7 @@ from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.perplexity import LOGITS, row_nats
 from resect.statistics import IGNORED
+from resect.surroundings import unaffected
 
 SEVEN = {
     "boolq": "acc",
@@ -84,6 +85,7 @@ class Task:
     metric: str
     items: tuple[Item, ...]
 
+    @unaffected()
     def answered(
         self, model: PreTrainedModel, tokenizer: Any, *, shots: int = 0, limit: int | None = None, name: str = ""
     ) -> Answers:

@@ -20,6 +20,7 @@ from resect.export import gguf_file, hf, onnx_graph, padded, torch_program
 from resect.export.formats import Asked, Format, quantisation, require
 from resect.export.hub import push
 from resect.export.verification import Verification, verify_artefact
+from resect.surroundings import unaffected
 
 FORMATS: Mapping[str, Format] = {
     form.name: form for form in (hf.FORMAT, padded.FORMAT, gguf_file.FORMAT, onnx_graph.FORMAT, torch_program.FORMAT)
@@ -48,6 +49,7 @@ class Exported:
         return json.dumps({"schema_version": 1, "kind": "export", **asdict(self)}, indent=1) + "\n"
 
 
+@unaffected()
 def export(
     model: PreTrainedModel | str | Path,
     *,

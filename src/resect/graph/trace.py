@@ -28,6 +28,7 @@ from resect.graph.groups import Frame, Graph, Loop, Operation
 from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
 from resect.graph.zeros import Zeros, memory
+from resect.surroundings import unaffected
 
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
@@ -51,6 +52,7 @@ UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", 
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
 
 
+@unaffected("shapes")
 def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
     """The coupled groups of a network, found by running it once on fake tensors.
 

@@ -25,6 +25,7 @@ from resect.report.knowledge import damage, unprunable
 from resect.saliency import score
 from resect.statistics import collect
 from resect.surgery import masked
+from resect.surroundings import unaffected
 
 RATIOS = (0.25, 0.5, 0.75)
 ANALYSED = ("heads", "channels", "experts")
@@ -34,6 +35,7 @@ LIMIT = 2048
 """Tokens of the text that are read."""
 
 
+@unaffected("changes")
 def analyze(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,

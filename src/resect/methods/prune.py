@@ -34,6 +34,7 @@ from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
 from resect.surgery import cut_and_check, gather_and_check
+from resect.surroundings import unaffected
 
 Watch = Callable[[nn.Module, Graph, Sequence[Plan]], None]
 """Takes the dense model, its graph, and plans from the one that keeps all to the final one."""
@@ -58,6 +59,7 @@ class Result:
     """What widths cost on this machine, where the budget was one of seconds."""
 
 
+@unaffected("changes")
 def prune(
     model: nn.Module,
     tokenizer: Any = None,

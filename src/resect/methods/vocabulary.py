@@ -12,6 +12,7 @@ from resect.checkpoint.tokenizer import Parts, base_tokens, token_counts
 from resect.errors import DataError, UsageError
 from resect.graph import VOCABULARY, Graph, Group
 from resect.plan import Kept, Plan
+from resect.surroundings import unaffected
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Vocabulary:
         return vocabulary_plan(graph, tokenizer, texts, keep=self.keep, align=self.align)
 
 
+@unaffected("shapes")
 def vocabulary_plan(
     graph: Graph, tokenizer: Any, texts: str | Iterable[str], *, keep: int | float | None = None, align: int = 1
 ) -> Plan:

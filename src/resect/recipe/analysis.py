@@ -10,8 +10,10 @@ from resect.methods import Knowledge, analyze
 from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS
 from resect.recipe.measure import Announce, device_of, dtype_of
 from resect.report import knowledge_html, knowledge_markdown, knowledge_png
+from resect.surroundings import unaffected
 
 
+@unaffected()
 def analysis(
     name: str,
     output: str | Path,

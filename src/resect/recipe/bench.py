@@ -16,11 +16,13 @@ from resect.plan import PHASES, Workload, macs_of
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of, weight_bytes
 from resect.report import Benched, BenchReport, BenchRow, bench_markdown, machine, versions
 from resect.report.results import Measurements
+from resect.surroundings import unaffected
 
 PER_TOKEN = 512
 """Tokens of the prompt whose multiply-accumulates are given for each token."""
 
 
+@unaffected()
 def bench(
     names: Sequence[str],
     output: str | Path | None = None,

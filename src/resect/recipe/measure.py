@@ -53,6 +53,7 @@ from resect.report import (
     versions,
 )
 from resect.surgery import masked
+from resect.surroundings import unaffected
 
 Announce = Callable[[str], None]
 CURVE_TOKENS = 2048
@@ -88,6 +89,7 @@ class Observed:
     answers: Sequence[Answers] = ()
 
 
+@unaffected()
 def evaluate(
     names: Sequence[str],
     *,
@@ -322,6 +324,7 @@ def weight_bytes(name: str) -> int | None:
     return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else None
 
 
+@unaffected()
 def conversations(
     names: Sequence[str],
     *,

@@ -28,6 +28,7 @@ from resect.recipe.reading import assigned, read_values
 from resect.recipe.schema import RecoverySection, RecoverySettings, Section, _several, overlaid
 from resect.recovery import Recovery
 from resect.report import RecoveryReport, peak_memory, recovery_card, recovery_html, recovery_markdown, recovery_report
+from resect.surroundings import unaffected
 
 if TYPE_CHECKING:
     from resect.recovery import Recovered
@@ -83,6 +84,7 @@ def read_recovery_recipe(
         raise UsageError(explain(problem, RecoveryRecipe)) from problem
 
 
+@unaffected()
 def run_recovery(
     recipe: RecoveryRecipe, *, overwrite: bool = False, resume: bool = False, announce: Announce | None = None
 ) -> RecoveryResult:

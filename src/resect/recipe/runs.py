@@ -43,6 +43,7 @@ from resect.recipe.recovery import healed
 from resect.recipe.schema import DENSE, Recipe
 from resect.recovery import Facts
 from resect.report import Curve, Knowledge, RunReport, peak_memory, run_html, run_markdown, run_report, saliency
+from resect.surroundings import unaffected
 
 HEADER = "# Everything that this run was asked for, defaults written out. Again: resect run recipe.yaml -o DIRECTORY\n"
 
@@ -58,6 +59,7 @@ class RunResult:
     """Pruned; still dense after a dry run."""
 
 
+@unaffected()
 def run(
     recipe: Recipe,
     *,

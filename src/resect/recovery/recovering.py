@@ -30,6 +30,7 @@ from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
 from resect.recovery.training import Say, Training, processes
 from resect.statistics import tell_emulated
+from resect.surroundings import unaffected
 
 STAGES = ("text", "instructions")
 CHECKPOINTED = "gradient_checkpointing"
@@ -46,6 +47,7 @@ class Recovered:
     facts: Facts
 
 
+@unaffected("changes")
 def recover(
     model: PreTrainedModel,
     tokenizer: Any,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resect.statistics import Curvature
+from resect.statistics import Curvature, root_of, solved_by
 
 NEAR = 4.0
 """How many times larger or smaller `A₁ + t A₂` may be in some direction than what stands for it."""
@@ -160,14 +160,14 @@ class _State:
             return 0.5 * (self.gram / self.inverse).flatten()
         inverse = self.inverse.clone()
         inverse[self.gone] = torch.eye(inverse.shape[1], dtype=inverse.dtype)
-        found: Tensor = torch.linalg.solve(inverse, self.gram).diagonal(dim1=1, dim2=2).sum(1)
-        return 0.5 * found
+        root = root_of(inverse, "blocks of the inverse curvature")
+        return 0.5 * solved_by(root, self.gram).diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, unit: int) -> None:
         """Takes a unit off."""
         C, k = self.columns[unit], self.pending
         P, Z, S = self.P[:, :k], self.Z[:, :k], self.S[:k, :k]
-        root = torch.linalg.cholesky(self.inverse[unit])  # [A⁻¹]_CC = R Rᵀ
+        root = root_of(self.inverse[unit], "blocks of the inverse curvature")  # [A⁻¹]_CC = R Rᵀ
         p = _solved(root, self.H[C] - P[C] @ P.mT)  # [columns, width]
         z = _solved(root, self.M[C] - P[C] @ Z.mT)  # [columns, width]
         across = _solved(root, Z[C] - P[C] @ S)  # [pending, width]
@@ -212,5 +212,5 @@ def _solved(root: Tensor, rows: Tensor) -> Tensor:
 
 def _without(H: Tensor, weight: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """`A⁻¹` and `W` after the columns `C` went."""
-    solved = torch.linalg.solve(H[C][:, C], H[C])
+    solved = solved_by(root_of(H[C][:, C], "the inverse curvature"), H[C])
     return H - H[:, C] @ solved, weight - weight[:, C] @ solved

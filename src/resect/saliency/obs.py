@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resect.errors import UsageError
-from resect.statistics import Curvature, Joint
+from resect.statistics import Curvature, Joint, root_of, solved_by
 
 Matrix = Float[Tensor, "rows columns"]
 CHUNK = 1 << 24
@@ -69,7 +69,8 @@ def block_losses(
     parts = weight.T[blocks].mT  # [units, rows, width]
     if not update:
         return _summed(0.5 * (A[square] * (parts.mT @ _weighed(parts, G))).sum((1, 2)) for A, G in curvature.terms)
-    solved: Tensor = torch.linalg.solve(curvature.A_inverse[square], parts.mT @ _weighed(parts, curvature.G))
+    root = root_of(curvature.A_inverse[square], "blocks of the inverse curvature")
+    solved = solved_by(root, parts.mT @ _weighed(parts, curvature.G))
     return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
 
 
@@ -84,8 +85,11 @@ def _block_loss(joint: Joint, weight: Tensor, block: Tensor) -> Tensor:
     """Twice what one block costs, from its columns [rows, width] in the basis of the outputs, some rows at a time."""
     Q = joint.A.Q[block]
     chunks = zip(*(each.split(max(1, CHUNK // Q.numel())) for each in (weight, joint.inverse)), strict=True)
-    solved = [(part * torch.linalg.solve((Q * d[:, None]) @ Q.mT, part)).sum() for part, d in chunks]
-    return torch.stack(solved).sum()
+    losses = []
+    for part, d in chunks:
+        root = root_of((Q * d[:, None]) @ Q.mT, "blocks of the inverse curvature")
+        losses.append((part * solved_by(root, part[..., None])[..., 0]).sum())
+    return torch.stack(losses).sum()
 
 
 def pattern_losses(losses: Matrix, keep: int, of: int) -> tuple[Float[Tensor, "rows groups"], Bool[Tensor, "rows columns"]]:

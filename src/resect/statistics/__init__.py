@@ -1,6 +1,7 @@
 """Gradients of the loss and Kronecker factors of its curvature, as sums that add; nothing is decided here."""
 
 from resect.statistics.blockwise import Chain, prepared
+from resect.statistics.cholesky import inverse_of, root_of, solved_by
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, Moments, collect_curvature, tell_clipped
 from resect.statistics.elements import CRITERIA, Criterion
@@ -34,6 +35,7 @@ __all__ = [
     "collect_curvature",
     "computing",
     "divergence",
+    "inverse_of",
     "layer_of",
     "layers_of",
     "loss_of",
@@ -41,6 +43,8 @@ __all__ = [
     "prediction_losses",
     "prepared",
     "readers",
+    "root_of",
+    "solved_by",
     "tell_clipped",
     "tell_emulated",
     "token_loss",

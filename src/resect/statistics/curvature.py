@@ -26,6 +26,7 @@ from resect.errors import DampingRaised, DataError, NumericsError, SecondTermCli
 from resect.graph import Graph
 from resect.statistics import residual
 from resect.statistics.blockwise import BlockCall, Chain, prepared
+from resect.statistics.cholesky import inverse_of
 from resect.statistics.joint import LEAST, Joint, Side
 from resect.statistics.layers import Layer, layers_of
 from resect.statistics.objective import NextToken, Objective, loss_of
@@ -151,12 +152,12 @@ class Curvature:
     def A_inverse(self) -> Tensor:
         """`A⁻¹`."""
         root, self.root = self.root, None
-        return _inverse(self.A) if root is None else torch.cholesky_inverse(root)
+        return inverse_of(self.A, "curvature of inputs") if root is None else torch.cholesky_inverse(root)
 
     @cached_property
     def G_inverse(self) -> Tensor | None:
         """`G⁻¹`."""
-        return None if self.G is None else _inverse(self.G)
+        return None if self.G is None else inverse_of(self.G, "curvature of gradients")
 
     @cached_property
     def joint(self) -> Joint | None:
@@ -217,11 +218,6 @@ def _add_square(sums: Tensor, rows: Tensor) -> None:
     for start in range(0, len(sums), PANEL):
         panel = slice(start, start + PANEL)
         sums[start:, panel].addmm_(rows[:, start:].mT, rows[:, panel])
-
-
-def _inverse(factor: Tensor) -> Tensor:
-    found: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(factor))
-    return found
 
 
 def damped(

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from resect.statistics.cholesky import root_of
+
 LEAST = 0.1
 """The share of the first term that is left in every direction: `F ⪰ LEAST · F₁`."""
 
@@ -30,7 +32,7 @@ class Side:
     @classmethod
     def of(cls, first: Square, second: Square) -> Side:
         """Of a positive definite matrix and a symmetric one."""
-        root = torch.linalg.cholesky(first)
+        root = root_of(first)
         half = torch.linalg.solve_triangular(root, second, upper=False)
         values, U = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.mT, upper=False))
         return cls(values, root @ U, torch.linalg.solve_triangular(root.mT, U, upper=True))

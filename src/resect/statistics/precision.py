@@ -28,7 +28,7 @@ def tell_emulated(model: nn.Module, *, bf16: bool) -> None:
             "This processor does not multiply in bfloat16: emulating it can take tens of times as long as float32. Leave out "
             "bf16 (--set settings.bf16=false, or recovery.settings.bf16=false) and load the model in float32.",
             EmulatedPrecision,
-            stacklevel=3,
+            stacklevel=4,  # beyond what makes a function independent of its surroundings
         )
 
 

@@ -17,6 +17,7 @@ from resect.surgery.cut import cut
 from resect.surgery.gather import Kept, gather
 from resect.surgery.mask import masked
 from resect.surgery.vocabulary import kept_tokens
+from resect.surroundings import unaffected
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a network is called with."""
@@ -28,6 +29,7 @@ ROUNDING = 16
 """How many times the effect of one rounding error per block the difference may reach in deep models."""
 
 
+@unaffected("changes")
 def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) -> dict[str, float]:
     """Cuts a network in place and holds it against the masked one, on random tokens or on random inputs like its example.
 
@@ -47,6 +49,7 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
     return _compared(model, after, expected, disturbed)
 
 
+@unaffected("changes")
 def gather_and_check(model: nn.Module, kept: Mapping[str, Kept], graph: Graph, *, seed: int = 0) -> dict[str, float]:
     """Takes rows and columns that are zero out of single layers, in place, and holds the network against itself before.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resect.graph import Graph
 from resect.plan import Plan
-from resect.statistics import Curvature, Joint, Layer, layer_of
+from resect.statistics import Curvature, Joint, Layer, layer_of, root_of, solved_by
 from resect.surgery.positions import kept_positions, missing
 
 Matrix = Float[Tensor, "rows columns"]
@@ -55,8 +55,8 @@ def without_columns(weight: Matrix, A: Float[Tensor, "columns columns"], columns
     stays = torch.ones(weight.shape[1], dtype=torch.bool)
     stays[columns] = False
     found = torch.zeros_like(weight)
-    root = torch.linalg.cholesky(A[stays][:, stays])
-    found[:, stays] = torch.cholesky_solve((weight @ A[:, stays]).mT, root).mT
+    root = root_of(A[stays][:, stays], "the inputs that stay")
+    found[:, stays] = solved_by(root, (weight @ A[:, stays]).mT).mT
     return found
 
 
@@ -78,7 +78,7 @@ def without_columns_after(
     square = inputs[stays][:, stays] + ridge * torch.eye(int(stays.sum()), dtype=inputs.dtype)
     found = torch.zeros_like(weight)
     wanted = weight @ crossing[:, stays] + ridge * weight[:, stays]
-    found[:, stays] = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(square)).mT
+    found[:, stays] = solved_by(root_of(square, "the inputs that stay"), wanted.mT).mT
     return found
 
 
@@ -179,9 +179,9 @@ def without_elements_in_chunks(
             r, c = chunk.unbind(1)
             rows, at = r.unique_consecutive(return_inverse=True)
             between = (r[:, None] == r) if G_inverse is None else G_inverse[r[:, None], r]
-            root = torch.linalg.cholesky(between * A_inverse[c[:, None], c])
+            root = root_of(between * A_inverse[c[:, None], c], "the inverse curvature")
             M = weight.new_zeros(len(rows), weight.shape[1])
-            M[at, c] = torch.cholesky_solve(now[r - first, c][:, None], root).flatten()
+            M[at, c] = solved_by(root, now[r - first, c][:, None]).flatten()
             step = M @ A_inverse
             done[rows] += step
             if across is None:
@@ -213,7 +213,7 @@ def _in_chunks(weight: Tensor, joint: Joint, chunks: Sequence[Tensor]) -> Tensor
         rows, at = chunk[:, 0].unique_consecutive(return_inverse=True)
         left, right = Q_G[rows], Q_A[chunk[:, 1]]
         now = ((left @ within)[at] * right).sum(1)
-        m = torch.cholesky_solve(now[:, None], torch.linalg.cholesky(_between(left, right, d, at)))
+        m = solved_by(root_of(_between(left, right, d, at), "the inverse curvature"), now[:, None])
         parts = torch.zeros(len(rows), Q_A.shape[1], dtype=weight.dtype).index_add_(0, at, m * right)
         within -= d * (left.mT @ parts)
     return Q_G @ within @ Q_A.mT

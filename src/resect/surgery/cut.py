@@ -19,6 +19,7 @@ from resect.surgery.caches import forget
 from resect.surgery.modeling_resect import Gathered, Silent, remove, resize, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 from resect.surgery.vocabulary import kept_tokens, renumber_tokens
+from resect.surroundings import unaffected
 
 
 class Record(BaseModel):
@@ -46,6 +47,7 @@ def name_before(name: str, removed: Collection[str]) -> str:
     return name
 
 
+@unaffected("shapes")
 def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     """The model without the units that the plan removes, in place; parameters, ties and dtypes stay what they were.
 

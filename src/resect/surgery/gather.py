@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from resect.errors import ModelError, UsageError
 from resect.surgery.cut import Record, name_before
 from resect.surgery.modeling_resect import CONVOLUTIONS, Gathered, outer_sizes, put
+from resect.surroundings import unaffected
 
 Kept = tuple[Tensor | None, Tensor | None]
 """Rows and columns that stay, by number; None where all do."""
@@ -24,6 +25,7 @@ READERS = (nn.TransformerEncoderLayer,)
 """Modules of torch that hand the weights of layers in them to an operator of their own."""
 
 
+@unaffected("changes")
 def gather(model: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
     """The model with only some rows and columns of the layers at some paths left, in place; everything else stays.
 

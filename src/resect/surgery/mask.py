@@ -19,8 +19,10 @@ from resect.surgery.attributes import group_counts
 from resect.surgery.caches import forget
 from resect.surgery.modeling_resect import first_tensor, set_attributes, set_tensor
 from resect.surgery.positions import changed, kept_positions, missing, removed_blocks, removed_sublayers, take
+from resect.surroundings import plain, unaffected, unwrapped
 
 
+@unaffected("changes")
 def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     """The model with everything the plan removes switched off, in place; its shapes stay.
 
@@ -34,16 +36,18 @@ def mask(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
 @contextmanager
 def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator[nn.Module]:
     """The model masked while the context lasts, bit-identical afterwards."""
-    graph = graph or trace(model)
-    parameters = tensors(model)
-    before = [(parameters[name], index, _slices(parameters[name], index).clone()) for name, index in _gone(graph, plan)]
-    handles = _apply(model, plan, graph)
+    model = unwrapped(model, "changes")
+    with plain(model):
+        graph = graph or trace(model)
+        parameters = tensors(model)
+        before = [(parameters[name], index, _slices(parameters[name], index).clone()) for name, index in _gone(graph, plan)]
+        handles = _apply(model, plan, graph)
     try:
         yield model
     finally:
         for handle in handles:
             handle.remove()
-        with torch.no_grad():
+        with plain(model), torch.no_grad():
             for parameter, index, values in reversed(before):
                 parameter[index] = values
         forget(model)
