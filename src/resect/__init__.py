@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if (sys.argv[:1] == ["-m"] and "resect.cli" in sys.orig_argv) or os.path.basename(sys.argv[0]) in ("resect", "resect.exe"):
+    # Started as a program, before it imports anything: what lies in the working directory is no module of its, nor of a Python
+    # that it or a library starts. `python -m` and empty entries of PYTHONPATH put that directory there.
+    _home = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    _here = os.path.realpath(os.curdir)
+    sys.path[:] = [_ for _ in sys.path if os.path.realpath(_) == _home or (os.path.isabs(_) and os.path.realpath(_) != _here)]
+    os.environ["PYTHONSAFEPATH"] = "1"
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

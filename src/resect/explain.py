@@ -1,14 +1,22 @@
-"""What pydantic refuses, in our words: the dotted place, what was found there, and the nearest valid name."""
+"""What others refuse, in our words: pydantic, with the dotted place and the nearest valid name; and the operating system."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from resect.errors import nearest
+from resect.errors import CheckpointError, OutOfMemory, ResectError, UsageError, nearest, shown
+
+Model = TypeVar("Model", bound=BaseModel)
+
+LINES = 8
+"""Faults named of one value; the others are counted."""
 
 MUST = {
     "greater_than": "it must be more than {gt}",
@@ -30,7 +38,91 @@ def explain(
 
     `besides` are sections that the values decide about, where names may have been meant to stand.
     """
-    return "\n".join(dict.fromkeys(_line(error, kind, at, besides or {}) for error in problem.errors()))
+    found = problem.errors(include_url=False)
+    lines = list(dict.fromkeys(_line(error, kind, at, besides or {}) for error in found[:LINES]))
+    more = [f"{len(found) - LINES} more faults of this kind were found."] if len(found) > LINES else []
+    return "\n".join([*lines, *more])
+
+
+def from_json(kind: type[Model], text: str, what: str) -> Model:
+    """A value of `kind` from its JSON; `UsageError` that says where it is not `what`, as in "This is not a plan"."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as problem:
+        raise UsageError(f"This is not {what}: {explain(problem, kind)}") from problem
+
+
+def plain_json(text: str | bytes) -> Any:
+    """The values of a JSON text; `ValueError` for whatever is wrong with it: nesting, digits and NaN too."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+@contextmanager
+def telling(doing: str) -> Iterator[None]:
+    """What the machine cannot do becomes an error of ours that says during what: `doing`, as in "prune the model".
+
+    Memory that runs out is `OutOfMemory`, what the operating system refuses a `CheckpointError`; causes and notes are kept.
+    Stands around public calls, also as a decorator.
+    """
+    try:
+        yield
+    except (ResectError, BrokenPipeError):
+        raise
+    except (MemoryError, RuntimeError) as problem:
+        if not _of_memory(problem):
+            raise
+        raise _with_notes(OutOfMemory(_memory_message(doing, problem)), problem) from problem
+    except OSError as problem:
+        raise _with_notes(CheckpointError(f"Asked to {doing}; {_refusal(problem)}."), problem) from problem
+
+
+def _with_notes(error: ResectError, problem: BaseException) -> ResectError:
+    for note in getattr(problem, "__notes__", []):
+        error.add_note(note)
+    return error
+
+
+_ALLOCATORS = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+"""What allocators say: torch's on CPUs and on GPUs, the operating system, C++."""
+_ASKED_FOR = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ ?[KMGT]?i?B)", re.IGNORECASE)
+
+
+def _of_memory(problem: Exception) -> bool:
+    return isinstance(problem, MemoryError) or any(words in str(problem) for words in _ALLOCATORS)
+
+
+def _memory_message(doing: str, problem: Exception) -> str:
+    found = _ASKED_FOR.search(str(problem))
+    much = f", where {_in_units(found[1])} more were asked for" if found else ""
+    return (
+        f"Asked to {doing}; memory ran out{much}. A narrower type (--dtype bfloat16), a shorter --length, fewer --samples "
+        "or a smaller batch need less; other programs on this machine may hold what is missing."
+    )
+
+
+def _in_units(size: str) -> str:
+    """`262144000 bytes` as `262.1 MB`; other sizes as they stand."""
+    if not size.endswith("bytes"):
+        return size
+    value, units = float(size.removesuffix(" bytes")), iter(["bytes", "kB", "MB", "GB"])
+    unit = next(units)
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.1f} {unit}"
+
+
+def _refusal(problem: OSError) -> str:
+    """What the operating system says, and of which file."""
+    said = (problem.strerror or str(problem) or type(problem).__name__).rstrip(".")
+    places = [shown(place) for place in (problem.filename, problem.filename2) if place is not None]
+    return f"{' and '.join(places)}: {said}" if places else said
 
 
 def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[str, type[BaseModel]]) -> str:
@@ -42,22 +134,22 @@ def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[
         below = [".".join([*map(str, trail[:-1]), found]) for found in _below(here, name)]
         below += [f"{section}.{name}" for section, one in besides.items() if len(trail) == 1 and name in one.model_fields]
         hint = f"Did you mean {' or '.join(map(repr, below))}?" if below else nearest(name, list(here.model_fields))
-        return f"There is no key {place!r}. {hint}"
+        return f"There is no key {shown(place)}. {hint}"
     if error["type"] == "missing":
         if isinstance(trail[-1], int):
-            return f"{place.rpartition('.')[0]} = {given!r}: it has too few entries."
+            return f"{place.rpartition('.')[0]} = {shown(given)}: it has too few entries."
         return f"{place} is missing. Give it a value."
     if error["type"] == "value_error":  # ours, and a sentence already
         return str(context["error"])
     if error["type"] == "literal_error":
         options = _options(str(context["expected"]))
-        hint = nearest(str(given), options)
+        hint = nearest(shown(given).strip("'\""), options)
         if error["loc"][-1] == "[key]":
-            return f"There is no key {place!r}. {hint}"
-        return f"{place} = {given!r}: there is no such value. {hint}"
+            return f"There is no key {shown(place)}. {hint}"
+        return f"{place} = {shown(given)}: there is no such value. {hint}"
     if error["type"] in MUST:
-        return f"{place} = {given!r}: {MUST[error['type']].format(**context)}."
-    return f"{place} = {given!r}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+        return f"{place} = {shown(given)}: {MUST[error['type']].format(**context)}."
+    return f"{place} = {shown(given)}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 
 def _options(expected: str) -> list[str]:
@@ -68,7 +160,8 @@ def _options(expected: str) -> list[str]:
 def _section(kind: type[BaseModel], trail: Sequence[Any]) -> type[BaseModel]:
     """The section at the end of a trail of keys."""
     for part in trail:
-        kind = _sections(kind, part)[0]
+        below = _sections(kind, part) if part in kind.model_fields else []
+        kind = below[0] if below else kind
     return kind
 
 

@@ -10,6 +10,7 @@ import pytest
 from resect.errors import UsageError
 from resect.recipe import read_recipe
 from resect.recipe.reading import assigned, read_values
+from resect.recipe.recovery import RecoveryRecipe, read_recovery_recipe
 
 
 def test_assignments_lie_over_values_over_the_file(tmp_path: Path) -> None:
@@ -68,3 +69,66 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "llm-pruner.yaml").write_text("model: demo\n")
     with pytest.raises(UsageError, match=r"There is no recipe .*Did you mean .*llm-pruner\.yaml"):
         read_recipe(tmp_path / "llm-prune.yaml")
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+@pytest.mark.parametrize("said", ["true", "yes", "1", "'on'"])
+def test_a_file_alone_runs_no_code_of_models(tmp_path: Path, said: str) -> None:
+    file = written(tmp_path, f"model: strange\ndata: x.jsonl\ntrust_remote_code: {said}\n")
+    recovery = RecoveryRecipe(model="strange", data=("x.jsonl",))
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        read_recovery_recipe(file)
+    assert read_recovery_recipe(file, {"trust_remote_code": False}) == recovery
+    file = written(tmp_path, f"model: strange\ntrust_remote_code: {said}\n")
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        read_recipe(file)
+    assert read_recipe(file, {"trust_remote_code": True}).trust_remote_code
+    assert read_recipe(file, assignments=["trust_remote_code=true"]).trust_remote_code
+    assert not read_recipe(file, assignments=["trust_remote_code=false"]).trust_remote_code
+    assert read_recipe(None, {"model": "strange", "trust_remote_code": True}).trust_remote_code
+
+
+MULTIPLIED = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{key}: &{key} [{','.join([f'*{before}'] * 9)}]\n" for before, key in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MULTIPLIED, "more than 20,000 values"),
+        ("a: &a [*a]", "inside of what it names"),
+        ("a: &a {b: *a}", "inside of what it names"),
+        ("model: " + "[" * 9000, "nested more than 32 deep"),
+        ("- " * 9000, "nested more than 32 deep"),
+        ("seed: " + "9" * 9000, "not YAML"),
+        ("model: a\x00b", "not YAML"),
+        (b"model: \xff", "not YAML"),
+        ("model: 2001-99-99", "not YAML"),
+        ('model: "\\ud83d"', "half of a character"),
+        ('output: "a\\0b"\nmodel: x', "the character NUL"),
+        ("model: " + "x" * (1 << 20), "more than 1,048,576 bytes"),
+        ("model: {" + ", ".join(f"k{i}: 1" for i in range(9000)) + "}", "valid string"),
+        ("\n".join(f"key{i}: 1" for i in range(9000)), "8993 more faults"),
+        ("model: x\nkeep: .nan", "keep = nan"),
+        ("model: x\nseed: 0x" + "f" * 9000, "seed = a number of 36,000 bits"),
+        ("model: x\nseed: 4294967296", "at most 4294967295"),
+        ("model: x\ncalibration: {samples: 2147483648}", "samples = 2147483648: it must be at most 2,147,483,647"),
+    ],
+)
+def test_files_that_would_never_end_or_print_for_ever(tmp_path: Path, text: str | bytes, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        read_recipe(written(tmp_path, text))
+    assert len(str(refused.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "loop"])
+def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="recipe"):
+        read_recipe(tmp_path / name)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from resect.environment import TORCHRUN, Processes
 from resect.errors import DataError, EmulatedPrecision, NumericsError, ResectWarning, UsageError
 from resect.recovery import Distillation, Mixture, Recovery, recover, recovering, training
 from resect.recovery.adapter import attach, linear_layers
@@ -290,7 +291,8 @@ def test_what_cannot_be_meant(model: PreTrainedModel, text: Path) -> None:
 
 def test_batches_are_divided_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert micro_batch(Recovery(batch=6, micro_batch=4)) == 3
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in zip(TORCHRUN, ("0", "4", "0", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
     assert micro_batch(Recovery(batch=8, micro_batch=4)) == 2
     with pytest.raises(UsageError, match="batch = 6 cannot be divided among 4 processes"):
         micro_batch(Recovery(batch=6))
@@ -444,7 +446,7 @@ def test_instructions_after_text_learn_at_a_lower_rate(
 def test_of_several_processes_the_first_warns(
     first: bool, model: PreTrainedModel, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovering, "_main", lambda: first)
+    monkeypatch.setattr(recovering, "processes", lambda: Processes(2, 1 - first, 0))
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", ResectWarning)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
+from resect.environment import python
 from resect.errors import CheckpointError
 from resect.surroundings import unaffected
 
@@ -48,15 +46,9 @@ def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path) -> Tensor:
     if not config.is_file():
         raise CheckpointError(f"Asked to verify {directory}; it has no config.json. Name a directory that was saved.")
     shipped = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
-        "HF_MODULES_CACHE": str(folder / "modules"),  # shipped code leaves no copy behind
-        "HF_HUB_OFFLINE": "1",
-    }
-    run = subprocess.run(
-        [*command, "shipped-code" if shipped else "stock"], env=environment, capture_output=True, text=True, check=False
-    )
+    words = ["-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted), "shipped-code" if shipped else "stock"]
+    variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}  # shipped code leaves no copy behind
+    run = python(*words, variables=variables, folder=folder)
     if run.returncode:
         raise CheckpointError(f"Reloading {directory} in a fresh process failed: {run.stderr.strip()[-1500:]}")
     return load_file(wanted)["logits"]

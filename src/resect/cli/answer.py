@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
+import click
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from resect.errors import ResectError, ResectWarning, UsageError
+from resect.cli.terminal import console, guarded, json_line
+from resect.errors import ResectError, ResectWarning, UsageError, printable
+from resect.explain import telling
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 INTERRUPTED = 130
 """The shell's exit code for Ctrl-C."""
-WIDTH = 100
-"""Columns where the output is no terminal."""
+BROKEN_PIPE = 141
+"""The shell's exit code for a program whose reader has gone."""
 
 
 @dataclass
@@ -43,33 +48,95 @@ class Answer:
         self.json, self.shown = as_json, list(shown)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """How a command ends that has no result."""
+
+    kind: str
+    message: str
+    code: int = 1
+    word: str = "error"
+    notes: Sequence[str] = ()
+
+
 @contextmanager
-def answering(*, as_json: bool) -> Iterator[Answer]:
+def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterator[Answer]:
     """Runs a command's one library call: then prints its result, or its error, and exits 2 for a request that cannot be meant.
 
-    Other errors of ours exit 1, Ctrl-C 130. With `as_json` stdout holds exactly one JSON object, an error too.
+    Other errors exit 1, Ctrl-C 130, a reader of the output that has gone 141; none ends without a line on stderr. What is no
+    error of ours is a fault of resect's, and its traceback is kept in a file. With `as_json` stdout holds exactly one JSON
+    object, an error too.
     """
     answer, stdout = Answer(), sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # not every stream has an encoding
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    quiet = guarded(sys.stderr)
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever libraries print is no result
+        # What libraries print is no result.
+        with redirect_stdout(quiet), redirect_stderr(quiet), warnings.catch_warnings(), telling(doing):
             warnings.showwarning = _warn
             yield answer
-    except ResectError as problem:
-        _say_error(problem, as_json=as_json)
-        raise typer.Exit(2 if isinstance(problem, UsageError) else 1) from None
-    except KeyboardInterrupt as problem:
-        _say_error(problem, as_json=as_json)
-        raise typer.Exit(INTERRUPTED) from None
+        _print(answer, stdout, as_json=as_json)
+    except (typer.Exit, click.exceptions.Exit):
+        raise
+    except BaseException as problem:
+        refusal = _refused(problem)
+        with suppress(OSError):
+            _say(refusal, as_json=as_json and not isinstance(problem, BrokenPipeError))
+        if isinstance(problem, BrokenPipeError):
+            _close(stdout)
+        raise typer.Exit(refusal.code) from None
+
+
+def _print(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(json.loads(answer.json), ensure_ascii=False), file=stdout)
+        print(json_line(json.dumps(json.loads(answer.json), ensure_ascii=False)), file=stdout)
     for part in () if as_json else answer.shown:
         console().print(part)
+    stdout.flush()
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Where text goes, at least 100 columns wide where it is no terminal."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
+def _refused(problem: BaseException) -> Refusal:
+    """What is said of whatever ended a command."""
+    notes = tuple(getattr(problem, "__notes__", ()))
+    kind = type(problem).__name__
+    match problem:
+        case UsageError():
+            return Refusal(kind, str(problem), 2, notes=notes)
+        case ResectError():
+            return Refusal(kind, str(problem), notes=notes)
+        case KeyboardInterrupt() | click.Abort():
+            return Refusal("Interrupted", "Stopped by the keyboard.", INTERRUPTED, "interrupted", notes)
+        case BrokenPipeError():
+            return Refusal(kind, "What reads the output has gone; the rest of it was not written.", BROKEN_PIPE, notes=notes)
+        case EOFError():
+            message = "Something that was being read ended too early: a file that is empty or cut off, or the input."
+            return Refusal(kind, message + _kept(problem), notes=notes)
+        case SystemExit():
+            return Refusal(kind, f"A library ended the program (exit code {problem.code})." + _kept(problem), notes=notes)
+    said = " ".join(str(problem).split())[:300]
+    message = f"This is a fault of resect's: {kind}: {said}" if said else f"This is a fault of resect's: {kind}"
+    return Refusal("Fault", f"{message.rstrip('.')}. Please report it." + _kept(problem), notes=notes)
+
+
+def _kept(problem: BaseException) -> str:
+    """Where a file says how it came to a fault."""
+    text = "".join(traceback.format_exception(problem))
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="resect-fault-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:  # a full disk, or none
+        last = traceback.extract_tb(problem.__traceback__)[-1:]
+        return "".join(f" It came up in {frame.filename}, line {frame.lineno}." for frame in last)
+    return f" How it came to that is in {name}."
+
+
+def _close(stdout: TextIO) -> None:
+    """Lets the interpreter end without another complaint about a pipe that nobody reads."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 def _warn(
@@ -84,17 +151,14 @@ def _warn(
     if issubclass(category, ResectWarning):
         console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+        sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
-def _say_error(problem: BaseException, *, as_json: bool) -> None:
-    notes = getattr(problem, "__notes__", [])
-    interrupted = isinstance(problem, KeyboardInterrupt)
-    kind = "Interrupted" if interrupted else type(problem).__name__
-    message = "Stopped by the keyboard." if interrupted else str(problem)
+def _say(refusal: Refusal, *, as_json: bool) -> None:
     out = console(stderr=True)
-    out.print(f"[bold red]{'interrupted' if interrupted else 'error'}:[/] {escape(message)}", soft_wrap=True)
-    for note in notes:
+    out.print(f"[bold red]{refusal.word}:[/] {escape(refusal.message)}", soft_wrap=True)
+    for note in refusal.notes:
         out.print(escape(note), soft_wrap=True)
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": message, "notes": list(notes)}}, ensure_ascii=False))
+        said = {"type": refusal.kind, "message": refusal.message, "notes": list(refusal.notes)}
+        print(json_line(json.dumps({"error": said}, ensure_ascii=False)))

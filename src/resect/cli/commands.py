@@ -219,6 +219,7 @@ def recover(
         asked = read_recovery_recipe(recipe, nested(given(flags)), assignments=set_ or ())
         result = run_recovery(asked, overwrite=overwrite, resume=resume, announce=answer.announce)
         if not result.main:
+            answer.announce(f"this process trained along; the first one writes {result.directory}")
             raise typer.Exit
         answer.announce(f"done: {result.directory}")
         answer.give(result.report.to_json(), recovery_tables(result.report))

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-
-from resect.errors import UsageError
+from resect.cli.terminal import console_on
+from resect.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from resect.evaluation import Conversation
 
 COMMANDS = "/reset forgets what was said, /exit or Ctrl-D ends."
@@ -18,7 +19,7 @@ COMMANDS = "/reset forgets what was said, /exit or Ctrl-D ends."
 
 def talk(conversations: Mapping[str, Conversation], out: TextIO) -> None:
     """Answers every line of stdin by every model in turn until the lines, or the patience, end."""
-    console = Console(file=out, highlight=False, soft_wrap=True)
+    console = console_on(out, soft_wrap=True)
     interactive = sys.stdin.isatty()
     if interactive:
         console.print(COMMANDS, style="dim")
@@ -61,5 +62,5 @@ def _answer(console: Console, name: str, conversation: Conversation, message: st
 
 
 def _stream(console: Console, text: str) -> None:
-    console.file.write(text)
+    console.file.write(printable(text))
     console.file.flush()

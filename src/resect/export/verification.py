@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from resect.environment import python
 from resect.errors import CheckpointError
 from resect.evaluation import evaluating
 from resect.export.formats import Limits
@@ -178,14 +176,9 @@ def _ask(
     given, wanted = folder / "question.safetensors", folder / "answers.safetensors"
     tensors = {f"{number:04}": torch.tensor(prompt) for number, prompt in enumerate(prompts)}
     save_file(tensors, given, {"new_tokens": str(NEW_TOKENS), "texts": json.dumps(texts)})
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("consume.py")  # by path: nothing else of this package is imported there
-    command = [sys.executable, "-P", str(script), consumer, str(path.resolve()), str(given), str(wanted)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = python(str(script), consumer, str(path.resolve()), str(given), str(wanted), variables=variables, folder=folder)
     if run.returncode or not wanted.exists():
         raise CheckpointError(f"{consumer} could not read the artefact: {run.stderr.strip()[-1500:]}")
     with safe_open(wanted, "pt") as file:

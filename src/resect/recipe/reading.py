@@ -10,11 +10,18 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resect.errors import UsageError, nearest
+from resect.errors import UsageError, nearest, shown
 from resect.explain import explain
 from resect.recipe.schema import EvaluationSection, Recipe, overlaid
 
 INTEGER, DECIMAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+LARGEST = 1 << 20
+"""Bytes of a recipe."""
+DEEPEST = 32
+"""Lists and mappings inside each other."""
+MOST = 20_000
+"""Values of a recipe, those under an alias counted where it stands."""
+TRUST = "trust_remote_code"
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,6 +31,35 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in known if tag not in (INTEGER, DECIMAL)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A value; depth and number of values are counted on the way, so that no alias multiplies them without end."""
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"lists and mappings are nested more than {DEEPEST} deep")
+        alias = self.check_event(yaml.AliasEvent)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and not alias:
+            self._sizes[id(node)] = self._size(node)
+        if alias and id(node) not in self._sizes:
+            raise yaml.YAMLError("an alias stands inside of what it names")
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        """The values in a node, itself among them."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        size = 1 + sum(self._sizes[id(part)] for part in inside)
+        if size > MOST:
+            raise yaml.YAMLError(f"it holds more than {MOST:,} values, those under aliases counted")
+        return size
 
 
 _Loader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
@@ -39,39 +75,73 @@ def read_recipe(
 ) -> Recipe:
     """The recipe in a YAML file, under `values`, under assignments like `settings.criterion=l2`.
 
-    Raises `UsageError` for a missing or malformed file and for unknown keys and values, naming the nearest valid one.
+    Code that comes with a model is only run where `values` or an assignment say `trust_remote_code`: a file may be a stranger's.
+    Raises `UsageError` for a missing or malformed file, for unknown keys and values, naming the nearest valid one, and for a
+    file that alone asks for such code.
     """
-    found = read_values(path) if path is not None else {}
-    found = overlaid(found, values or {})
+    own = laid_over(values or {}, assignments)
+    recipe = Recipe.from_mapping(overlaid(read_values(path), own) if path is not None else own)
+    check_trust(recipe.trust_remote_code, own, path)
+    return recipe
+
+
+def laid_over(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Values under assignments."""
+    found = dict(values)
     for assignment in assignments:
         found = overlaid(found, assigned(assignment))
-    return Recipe.from_mapping(found)
+    return found
+
+
+def check_trust(trusted: bool, own: Mapping[str, Any], path: str | Path | None) -> None:
+    """`UsageError` where a file is the only one to say that a model's code may run; `own` is what its reader says."""
+    if trusted and TRUST not in own:
+        raise UsageError(
+            f"The recipe {shown(str(path))} says {TRUST}: true: code of its models would be run. That is for "
+            "whoever runs a recipe to say: read the code, then give --trust-remote-code "
+            "(in Python: values={'trust_remote_code': True})."
+        )
 
 
 def evaluation_section(values: Mapping[str, Any], *, assignments: Iterable[str] = ()) -> EvaluationSection:
     """What to measure, from values and assignments like `latency.prompt=128`; `UsageError` for what does not fit."""
-    found = dict(values)
-    for assignment in assignments:
-        found = overlaid(found, assigned(assignment))
     try:
-        return EvaluationSection.model_validate(found)
+        return EvaluationSection.model_validate(laid_over(values, assignments))
     except ValidationError as problem:
         raise UsageError(explain(problem, EvaluationSection)) from problem
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """What a YAML file says, not checked yet."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"There is no recipe {str(path)!r}. {_beside(file)}".rstrip())
+    name = shown(str(path))
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        said = " ".join(str(problem).split())
-        raise UsageError(f"The recipe {path} is not YAML: {said}.") from problem
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise UsageError(f"There is no recipe {name}. {_beside(file)}".rstrip())
+        with file.open("rb") as stream:
+            data = stream.read(LARGEST + 1)
+    except (OSError, ValueError, RuntimeError) as problem:
+        if isinstance(problem, UsageError):
+            raise
+        said = problem.strerror if isinstance(problem, OSError) else problem
+        raise UsageError(f"The recipe {name} cannot be read: {said}. Name a YAML file.") from problem
+    if len(data) > LARGEST:
+        raise UsageError(f"The recipe {name} has more than {LARGEST:,} bytes. Name a YAML file like those in run directories.")
+    try:
+        values = parsed(data.decode("utf-8-sig"))
+    except ValueError as problem:
+        raise UsageError(f"The recipe {name} is not YAML: {problem}.") from problem
     if not isinstance(values, dict):
-        raise UsageError(f"The recipe {path} holds {_what(values)}; a mapping was expected: `model: demo` and so on.")
+        raise UsageError(f"The recipe {name} holds {_what(values)}; a mapping was expected: `model: demo` and so on.")
     return {str(key): value for key, value in values.items()}
+
+
+def parsed(text: str) -> Any:
+    """The values of a YAML text; `ValueError` for whatever is wrong with it, which is found before anything is multiplied."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as problem:
+        raise ValueError(" ".join(str(problem).split())[:400].rstrip(".")) from problem
 
 
 def assigned(assignment: str) -> dict[str, Any]:
@@ -79,11 +149,13 @@ def assigned(assignment: str) -> dict[str, Any]:
     place, equals, text = assignment.partition("=")
     keys = place.strip().split(".")
     if not equals or not all(keys):
-        raise UsageError(f"--set {assignment!r} was given; it is written place=value, like settings.criterion=l2.")
+        raise UsageError(f"--set {shown(assignment)} was given; it is written place=value, like settings.criterion=l2.")
     try:
-        value: Any = yaml.load(text, _Loader)
-    except yaml.YAMLError as problem:
-        raise UsageError(f"--set {assignment!r}: {text!r} is not YAML. Quote it, like {place}='\"...\"'.") from problem
+        value = parsed(text)
+    except ValueError as problem:
+        raise UsageError(
+            f"--set {shown(assignment)}: {shown(text)} is not YAML. Quote it, like {shown(place)[1:-1]}='\"...\"'."
+        ) from problem
     for key in reversed(keys):
         value = {key: value}
     return dict(value)

@@ -19,13 +19,14 @@ from resect.checkpoint import check_directory, load, load_tokenizer, save, verif
 from resect.checkpoint.card import About
 from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
+from resect.environment import processes
 from resect.errors import CheckpointError, UsageError
 from resect.explain import explain
 from resect.plan import Pattern
 from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
-from resect.recipe.reading import assigned, read_values
-from resect.recipe.schema import RecoverySection, RecoverySettings, Section, _several, overlaid
+from resect.recipe.reading import check_trust, laid_over, read_values
+from resect.recipe.schema import Recipe, RecoverySection, RecoverySettings, Section, Seed, _several, overlaid
 from resect.recovery import Recovery
 from resect.report import RecoveryReport, peak_memory, recovery_card, recovery_html, recovery_markdown, recovery_report
 from resect.surroundings import unaffected
@@ -49,7 +50,7 @@ class RecoveryRecipe(Section):
     teacher: str | None = None
     """The dense model, by name."""
     settings: RecoverySettings = Recovery()
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
@@ -74,14 +75,17 @@ class RecoveryResult:
 def read_recovery_recipe(
     path: str | Path | None = None, values: Mapping[str, Any] | None = None, *, assignments: Iterable[str] = ()
 ) -> RecoveryRecipe:
-    """The recipe in a YAML file, under `values`, under assignments like `settings.rank=16`; else a `UsageError`."""
-    found = overlaid(read_values(path) if path is not None else {}, values or {})
-    for assignment in assignments:
-        found = overlaid(found, assigned(assignment))
+    """The recipe in a YAML file, under `values`, under assignments like `settings.rank=16`; else a `UsageError`.
+
+    Code that comes with a model runs where `values` or an assignment say so, as in `read_recipe`.
+    """
+    own = laid_over(values or {}, assignments)
     try:
-        return RecoveryRecipe.model_validate(found)
+        recipe = RecoveryRecipe.model_validate(overlaid(read_values(path), own) if path is not None else own)
     except ValidationError as problem:
         raise UsageError(explain(problem, RecoveryRecipe)) from problem
+    check_trust(recipe.trust_remote_code, own, path)
+    return recipe
 
 
 @unaffected()
@@ -96,7 +100,7 @@ def run_recovery(
     """
     if not recipe.output:
         raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = processes().main
     directory = check_directory(recipe.output, overwrite=overwrite) if main else Path(recipe.output).expanduser().resolve()
     progress = directory.with_name(f"{directory.name}.progress")
     if main:
@@ -178,7 +182,7 @@ def healed(
 
 def _own_device(device: str) -> str:
     """`cuda` as the one that belongs to this process, where several run."""
-    local = os.environ.get("LOCAL_RANK")
+    local = processes().local
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
@@ -229,7 +233,13 @@ def _save(
         report.saved = facts(saved, directory)
         report.seconds, report.peak_memory_bytes = dict(stages.seconds), peak_memory()
         texts = {"report.json": report.to_json(), "report.md": recovery_markdown(report), "report.html": recovery_html(report)}
-        fill(partial, texts | {"recipe.yaml": HEADER + recipe.to_yaml()})
+        fill(partial, texts | {"recipe.yaml": recipe_text(HEADER, recipe)})
+
+
+def recipe_text(header: str, recipe: Recipe | RecoveryRecipe) -> str:
+    """A recipe as the file in a run directory, under the command that repeats it."""
+    trusting = " --trust-remote-code" if recipe.trust_remote_code else ""
+    return header.replace(" -o DIR", f"{trusting} -o DIR") + recipe.to_yaml()
 
 
 def _adapter_note(model: str, pattern: Pattern | None, layout: str) -> str:

@@ -16,6 +16,7 @@ from resect.calibration import HeldOut
 from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
 from resect.checkpoint.card import About, card
 from resect.checkpoint.load import find
+from resect.environment import processes, tell_precision
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
 from resect.graph import Graph
@@ -39,7 +40,7 @@ from resect.recipe.measure import (
     timed,
     weight_bytes,
 )
-from resect.recipe.recovery import healed
+from resect.recipe.recovery import healed, recipe_text
 from resect.recipe.schema import DENSE, Recipe
 from resect.recovery import Facts
 from resect.report import Curve, Knowledge, RunReport, peak_memory, run_html, run_markdown, run_report, saliency
@@ -77,6 +78,12 @@ def run(
     `announce` is told what begins. Raises the errors of the rooms; nothing is then left half-written, and a note
     on the exception says what there is.
     """
+    if (together := processes()).count > 1:
+        raise UsageError(
+            f"This is process {together.rank} of {together.count} (RANK, WORLD_SIZE), and pruning takes one. Start it without "
+            "torchrun; `resect recover` trains in several."
+        )
+    tell_precision()
     directory = _directory(recipe, overwrite)
     progress = progress_of(directory, resume=resume, overwrite=overwrite)
     with resumable(progress), noting(f"Nothing was written to {directory}."):
@@ -290,7 +297,7 @@ def _texts(recipe: Recipe, report: RunReport, stages: Stages) -> dict[str, str]:
     report.seconds = dict(stages.seconds)
     report.peak_memory_bytes = peak_memory()
     pages = {"report.json": report.to_json(), "report.md": run_markdown(report), "report.html": run_html(report)}
-    return {"recipe.yaml": HEADER + recipe.to_yaml(), **pages}
+    return {"recipe.yaml": recipe_text(HEADER, recipe), **pages}
 
 
 def _readme(saved: Saved, result: Result, report: RunReport) -> dict[str, str]:

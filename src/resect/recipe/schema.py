@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from resect.errors import UsageError, nearest
+from resect.errors import UsageError, nearest, no_text, shown
 from resect.explain import explain
 from resect.recovery.settings import Recovery
 
@@ -53,6 +53,10 @@ def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str | list | tuple) else value
 
 
+MOST = 2**31 - 1
+"""Numbers are no larger than tensors have places."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every generator of random numbers takes."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
@@ -60,6 +64,16 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="after")
+    def _of_text(self) -> Self:
+        for name, value in self:
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and (fault := no_text(text)):
+                    raise ValueError(f"{name} = {shown(text)}: it holds {fault}. Take that out.")
+                if isinstance(text, int) and text > MOST and name != "seed":
+                    raise ValueError(f"{name} = {shown(text)}: it must be at most {MOST:,}.")
+        return self
 
 
 class CalibrationSection(Section):
@@ -174,7 +188,7 @@ class Recipe(Section):
     recovery: Annotated[RecoverySection | None, BeforeValidator(_learning)] = None
     """None: what is left is not trained. `lorashear` trains on its calibration text in a dynamic mixture, unless this is said."""
     evaluation: EvaluationSection = EvaluationSection()
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
@@ -192,7 +206,7 @@ class Recipe(Section):
         from resect.methods import METHODS  # torch comes with it, and reading a help text needs none
 
         if method not in METHODS:
-            raise ValueError(f"method = {method!r}: there is no such method. {nearest(method, METHODS)}")
+            raise ValueError(f"method = {shown(method)}: there is no such method. {nearest(method, METHODS)}")
         return method
 
     @field_validator("budget")

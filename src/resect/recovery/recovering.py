@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from resect.environment import processes, recipe_decides, tell_precision
 from resect.errors import ResectWarning, UsageError
 from resect.recovery.adapter import Adapter, adapter_of, attach
 from resect.recovery.examples import Example, Pool, read_pool
@@ -28,7 +28,7 @@ from resect.recovery.heldout import overall
 from resect.recovery.mixture import Supply, rounds, shares
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
-from resect.recovery.training import Say, Training, processes
+from resect.recovery.training import Say, Training
 from resect.statistics import tell_emulated
 from resect.surroundings import unaffected
 
@@ -74,12 +74,15 @@ def recover(
     settings = settings or Recovery()
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
-    if _main():
+    main = processes().main
+    if main:
         tell_emulated(model, bf16=settings.bf16)
+        tell_precision()
     pools = {source: read_pool(source, tokenizer, settings, seed=seed) for source in sources}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
         stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(recipe_decides(bf16=settings.bf16))
         folder = _folder(progress, stack)
         _claim(folder, settings, pools, seed, model, resume=resume)
         trained = _trained_part(model, settings, keep_zeros, seed, stack)
@@ -107,7 +110,7 @@ def recover(
         adapter = adapter_of(trained) if isinstance(trained, PeftModel) else None
         if isinstance(trained, PeftModel):
             trained.merge_and_unload()
-    if _main():
+    if main:
         _warn(facts)
     return Recovered(model, adapter, facts)
 
@@ -214,7 +217,7 @@ def _claim(
                 "settings and seed (the learning rate may change), or begin anew without resume."
             )
         return
-    if _main():
+    if processes().main:
         if folder.exists() and any(folder.iterdir()) and not note.exists():
             raise UsageError(f"{folder} holds something else than the progress of a recovery. Name another directory.")
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,11 +234,6 @@ def _digest(pools: Mapping[str, Pool]) -> str:
     return found.hexdigest()
 
 
-def _main() -> bool:
-    """Whether this process writes files, and warns."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _measured_before(model: PreTrainedModel, training: Training, pools: Mapping[str, Pool]) -> Facts:
     before = training.nats(training.model)
     counted = {id(p): (p.numel(), p.requires_grad) for p in training.model.parameters()}
@@ -247,7 +245,7 @@ def _measured_before(model: PreTrainedModel, training: Training, pools: Mapping[
         before=before,
         dense=training.nats(training.teacher) if training.teacher is not None else None,
         held_out_before=overall(before, training.held_out),
-        processes=processes(),
+        processes=processes().count,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from resect.environment import recipe_decides
 from resect.errors import NumericsError
 from resect.statistics import Data, loss_of
 
@@ -22,7 +23,8 @@ class Steps:
         self.losses: list[float] = []
         """Mean loss of every step so far, in nats a prediction."""
         self._model, self._parameters, self._data, self._seed = model, dict(parameters), data, seed
-        self._accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
+        with recipe_decides(bf16=False):
+            self._accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
 
     def step(self, number: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from resect.environment import processes
 from resect.errors import NumericsError, UsageError
 from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats, Trained
@@ -128,7 +128,7 @@ class Training:
                 output_dir=str(folder),
                 num_train_epochs=1,
                 per_device_train_batch_size=micro,
-                gradient_accumulation_steps=asked.batch // (micro * processes()),
+                gradient_accumulation_steps=asked.batch // (micro * processes().count),
                 average_tokens_across_devices=True,
                 train_sampling_strategy="sequential",
                 learning_rate=asked.rate,
@@ -336,16 +336,12 @@ class Watch(TrainerCallback):
             self.bar.close()
 
 
-def processes() -> int:
-    """How many processes train together (torchrun, accelerate launch)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def micro_batch(asked: Recovery) -> int:
     """The most examples at a time, not above those asked for, that divide the batch evenly among the processes."""
-    share, rest = divmod(asked.batch, processes())
+    count = processes().count
+    share, rest = divmod(asked.batch, count)
     if rest or not share:
-        raise UsageError(f"settings.batch = {asked.batch} cannot be divided among {processes()} processes. Make it a multiple.")
+        raise UsageError(f"settings.batch = {asked.batch} cannot be divided among {count} processes. Make it a multiple.")
     return max(size for size in range(1, min(asked.micro_batch, share) + 1) if share % size == 0)
 
 
