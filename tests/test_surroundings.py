@@ -28,7 +28,7 @@ def dense() -> PreTrainedModel:
     return _llama(num_hidden_layers=2)
 
 
-def pruned(model: nn.Module, method: str, tokens: Tensor = TOKENS) -> resect.Result:
+def pruned(model: Any, method: str, tokens: Tensor = TOKENS) -> resect.Result:
     settings = {"shots": 1} if method == "llm-surgeon" else {}
     return resect.prune(model, data=tokens, method=method, keep=0.7, layout="per-layer", settings=settings)
 
@@ -234,16 +234,21 @@ def inference_tensors() -> nn.Module:
         return copy.deepcopy(dense())
 
 
+def on_meta() -> nn.Module:
+    model: nn.Module = dense()
+    return model.to("meta")
+
+
 def prepared() -> nn.Module:
     """Marked as accelerate marks a model whose forward it has put into mixed precision."""
-    model = dense()
+    model: Any = dense()
     model._original_forward = model.forward
     return model
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "made in inference mode": (inference_tensors, "inference mode"),
-    "on the meta device": (lambda: dense().to("meta"), "meta device"),
+    "on the meta device": (on_meta, "meta device"),
     "distributed": (lambda: DistributedDataParallel(dense()), "DistributedDataParallel.*model.module"),
     "prepared by accelerate": (prepared, "accelerate.*unwrap_model"),
 }

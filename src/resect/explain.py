@@ -25,6 +25,7 @@ MUST = {
     "less_than_equal": "it must be at most {le}",
     "list_type": "it must be a list",
     "tuple_type": "it must be a list",
+    "finite_number": "it must be a finite number",
     "too_long": "it must have at most {max_length} entries",
     "too_short": "it must have at least {min_length} entries",
 }
@@ -141,6 +142,8 @@ def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[
         return f"{place} is missing. Give it a value."
     if error["type"] == "value_error":  # ours, and a sentence already
         return str(context["error"])
+    if error["type"] == "no_number":
+        return f"{place} = {shown(given)}: {error['msg']}."
     if error["type"] == "literal_error":
         options = _options(str(context["expected"]))
         hint = nearest(shown(given).strip("'\""), options)

@@ -76,7 +76,7 @@ def test_budgets_of_bytes(dense: Path, tmp_path: Path) -> None:
         (["prune", "{dense}", "-o", "x", "--budget", "bytes:0.7", "--keep", "0.5"], "keep=0.5 of blocks as well"),
         (["bench", "{dense}", "--length", "90"], "it has 80 positions"),
         (["bench", "{dense}", "--table"], "-o DIR"),
-        (["bench", "{dense}", "--batch", "0", "--length", "8"], "batch 0"),
+        (["bench", "{dense}", "--batch", "0", "--length", "8"], "batches=0"),
         (["bench", "{dense}", "--batch", "two"], "--batch 'two'"),
     ],
 )

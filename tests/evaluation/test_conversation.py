@@ -88,9 +88,9 @@ def test_temperature_draws(model: PreTrainedModel) -> None:
 
 
 def test_what_cannot_be_meant_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(UsageError, match="temperature=-1 was asked"):
+    with pytest.raises(UsageError, match=r"temperature=-1(\.0)? was given"):
         Conversation(model, tiny_tokenizer(), temperature=-1)
-    with pytest.raises(UsageError, match="Answers of 0 tokens"):
+    with pytest.raises(UsageError, match="new_tokens=0 was given"):
         Conversation(model, tiny_tokenizer(), new_tokens=0)
     talk = Conversation(model, tiny_tokenizer(), new_tokens=30)
     with pytest.raises(UsageError, match="60 tokens, and 30 more would not fit into the model's 80 positions"):

@@ -103,5 +103,5 @@ def test_impossible_requests() -> None:
     model = FAMILIES["llama"]()
     with pytest.raises(UsageError, match="over 90 tokens; it has 80 positions"):
         latency(model, prompt=80, decode=10)
-    with pytest.raises(UsageError, match="repeats 0"):
+    with pytest.raises(UsageError, match="repeats=0"):
         latency(model, prompt=8, decode=1, repeats=0)

@@ -122,10 +122,10 @@ def test_the_worst_share_is_protected(gamma: float, count: int) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"ratios": (0.5, 1.2)}, r"ratio 1\.2 was asked.*\(0, 1\]"),
-        ({"ratios": (0.0,)}, "ratio 0 was asked"),
+        ({"ratios": (0.5, 1.2)}, r"ratios=1\.2 was given.*\(0, 1\]"),
+        ({"ratios": (0.0,)}, r"ratios=0\.0 was given"),
         ({"ratios": ()}, "name one or more"),
-        ({"gamma": 1.5}, r"gamma=1\.5 was asked.*\[0, 1\]"),
+        ({"gamma": 1.5}, r"gamma=1\.5 was given.*\[0, 1\]"),
         ({"kinds": ("head",)}, "Did you mean 'heads'"),
         ({"kinds": ("vocabulary",)}, "no kind 'vocabulary' to analyse"),
         ({"kinds": ("experts",)}, "Nothing to analyse: experts were asked for, and the network offers blocks, channels"),

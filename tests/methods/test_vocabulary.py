@@ -71,7 +71,9 @@ def test_a_text_without_tokens(graph: Graph, texts: Any) -> None:
         plan(graph, texts)
 
 
-@pytest.mark.parametrize(("keep", "said"), [(3, "4 are needed"), (0.03, "4 are needed"), (0, "share in"), (1.5, "share in")])
+@pytest.mark.parametrize(
+    ("keep", "said"), [(3, "4 are needed"), (0.03, "4 are needed"), (0, "keep=0 .* whole number"), (1.5, r"keep=1\.5 .* share")]
+)
 def test_too_few_rows(graph: Graph, keep: float, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         plan(graph, keep=keep)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from resect.checkpoint import skeleton
+from resect.errors import NumericsError
 from resect.graph import trace
 from resect.report import (
     EvaluationReport,
@@ -82,10 +83,12 @@ def test_json_comes_back() -> None:
     assert [(model["name"], model["parameters"]) for model in values["models"]] == [("dense", 1000), ("pruned", 830)]
 
 
-def test_numbers_that_are_not_finite_are_null() -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_figures_that_are_not_finite_are_never_written(value: float) -> None:
     report = complete()
-    report.pruned.perplexities[0].value = float("inf")
-    assert json.loads(report.to_json())["models"][1]["perplexities"][0]["value"] is None
+    report.pruned.perplexities[0].value = value
+    with pytest.raises(NumericsError, match=rf"models\.1\.perplexities\.0\.value is {value}"):
+        report.to_json()
 
 
 def test_markdown_says_what_it_takes_to_judge() -> None:

@@ -15,6 +15,7 @@ from resect.calibration.generated import start_token, write
 from resect.calibration.sources import SELF, read_corpus
 from resect.calibration.windows import Windows, crop, different, digest, pack
 from resect.errors import DataError, UsageError
+from resect.ranges import seed_of, whole
 from resect.surroundings import unaffected
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def calibrate(
     Errors: `UsageError` for what cannot be meant, `DataError` for text that is missing, unreadable or too short.
     """
     names = _names(source)
+    whole("samples", samples)
+    whole("length", length, low=2)
+    seed_of(seed)
     if length < 2 or samples < len(names):
         raise UsageError(
             f"Calibration was asked for {samples} windows of {length} tokens from {len(names)} source(s): "

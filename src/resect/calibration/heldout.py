@@ -11,6 +11,7 @@ from torch import Tensor
 from resect.calibration.corpora import wikitext_lines
 from resect.calibration.sources import read_corpus
 from resect.errors import DataError, UsageError
+from resect.ranges import MOST, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, limit:
     with a blank line. A file whose first line is a WikiText heading (`` = Title = ``) is put in rows first, see
     `wikitext_rows`, so that the raw file and the hub's wikitext2 give the same text.
     """
-    if limit is not None and limit < 2:
+    if limit is not None and whole("limit", limit, low=-MOST) < 2:
         raise UsageError(f"Evaluation was limited to {limit} tokens; perplexity needs at least 2.")
     tokens = tokenizer(evaluation_text(source), add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < 2:

@@ -7,7 +7,7 @@ from resect.evaluation.generation import generations
 from resect.evaluation.latency import Latency, Spread, latencies, latency
 from resect.evaluation.mode import evaluating
 from resect.evaluation.onward import Onward, first_block
-from resect.evaluation.perplexity import Perplexity, exponential, perplexity, summed_nats, windows_of
+from resect.evaluation.perplexity import Perplexity, perplexity, summed_nats, windows_of
 from resect.evaluation.size import PeakMemory, entry_bytes, parameter_count
 from resect.evaluation.staircase import DECODED, LatencyTable, Steps, latency_table, measure_families
 from resect.evaluation.suite import AnyTask, tasks_named
@@ -35,7 +35,6 @@ __all__ = [
     "agreement",
     "entry_bytes",
     "evaluating",
-    "exponential",
     "first_block",
     "flips",
     "generations",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TextStreamer
 from resect.errors import UsageError
 from resect.evaluation.generation import greedy
 from resect.evaluation.mode import evaluating
+from resect.ranges import amount, whole
 from resect.surroundings import plain, unwrapped
 
 Write = Callable[[str], None]
@@ -44,10 +45,8 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.model = unwrapped(self.model)
-        if self.new_tokens < 1:
-            raise UsageError(f"Answers of {self.new_tokens} tokens were asked for; 1 is the least.")
-        if not self.temperature >= 0:
-            raise UsageError(f"temperature={self.temperature:g} was asked; it is 0 (the likeliest token) or more.")
+        whole("new_tokens", self.new_tokens)
+        amount("temperature", self.temperature)
         self.reset()
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from resect.errors import UsageError
 from resect.evaluation.mode import evaluating
+from resect.ranges import whole
 from resect.surroundings import unaffected
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -32,7 +33,7 @@ def generations(
         raise UsageError(
             "Asked for answers to chat messages; the tokenizer has no chat template. Ask for plain continuations."
         )
-    settings = greedy(model, new_tokens)
+    settings = greedy(model, whole("new_tokens", new_tokens))
     with evaluating(model):
         return [
             _continue(model, tokenizer, prompt, settings, chat)

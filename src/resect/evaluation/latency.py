@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from resect.errors import ModelError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.size import PeakMemory
+from resect.ranges import whole
 from resect.surroundings import unaffected
 
 Network = Callable[..., Any]
@@ -92,10 +93,8 @@ def latencies(
     round more. They are handed back as they were. Raises `UsageError` when a model has fewer positions than that, `ModelError`
     when one does not compile.
     """
-    if min(prompt, decode, repeats, batch) < 1:
-        raise UsageError(
-            f"Asked for batch {batch}, prompt {prompt}, decode {decode}, repeats {repeats}; each must be at least 1."
-        )
+    for place, count in {"batch": batch, "prompt": prompt, "decode": decode, "repeats": repeats}.items():
+        whole(place, count)
     for name, model in models.items():
         check_positions(name, model, prompt + decode)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}

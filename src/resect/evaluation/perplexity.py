@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
-from resect.statistics import IGNORED, prediction_losses
+from resect.ranges import whole
+from resect.statistics import IGNORED, perplexity_of, prediction_losses
 from resect.surroundings import unaffected
 
 LOGITS = 2**27
@@ -65,7 +66,7 @@ def perplexity(
     are then predicted; it never sees more than `window` tokens. `sizes`, the bytes of each token, give bits per byte.
     Windows run together in batches of about `batch_tokens`. Log-probabilities are float32, their sum float64. The
     model is handed back as it was. `name` labels the progress bar. Raises `DataError` for a text shorter than a window
-    and `NumericsError` for logits that are not finite.
+    and `NumericsError` for logits that are not finite and losses whose perplexity no float holds.
     """
     found = []
     with batches(tokens, model, window=window, bos=bos, batch_tokens=batch_tokens, name=name) as parts:
@@ -82,7 +83,7 @@ def perplexity(
     mean = float(by_window.sum()) / (len(by_window) * predicted)
     covered = _covered(sizes, len(by_window), window, first=int(bos is None))
     return Perplexity(
-        value=exponential(mean),
+        value=perplexity_of(mean, name),
         nats=mean,
         tokens=len(by_window) * predicted,
         window=window,
@@ -103,6 +104,8 @@ def batches(
 
     Raises for windows that hold nothing to predict, that the text does not fill, or that a model cannot see.
     """
+    if bos is not None:
+        whole("bos", bos, low=0, high=min(model.config.get_text_config().vocab_size for model in models) - 1)
     several = [windows_of(model, tokens, window=window, batch_tokens=batch_tokens) for model in models][0]
     firsts = itertools.accumulate(map(len, several), initial=0)
 
@@ -124,14 +127,11 @@ def windows_of(
     """The windows of a text, several in a batch [B, window]; what is left at the end of the text is dropped."""
     flat = tokens.reshape(-1)
     _check(model, flat, window)
+    if batch_tokens is not None:
+        whole("batch_tokens", batch_tokens)
     batch_tokens = batch_tokens or LOGITS // model.config.get_text_config().vocab_size
     windows = flat[: len(flat) // window * window].view(-1, window)
     return tuple(windows.split(max(1, batch_tokens // window)))
-
-
-def exponential(nats: float) -> float:
-    """The perplexity of a mean cross-entropy; infinite where no float holds it."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def summed_nats(model: PreTrainedModel, batch: Tensor) -> float:
@@ -166,8 +166,7 @@ def _covered(sizes: Tensor | None, windows: int, window: int, *, first: int) -> 
 def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
     asked = f"Asked for windows of {window} tokens"
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window < 2:
-        raise UsageError(f"{asked}; the first of a window is never predicted. Ask for 2 or more.")
+    whole("window", window, low=2)  # the first of a window is never predicted
     if positions is not None and window > positions:
         raise UsageError(f"{asked}; the model has {positions} positions. Use a smaller window.")
     if len(flat) < window:

@@ -20,7 +20,7 @@ from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ from resect.evaluation.latency import check_positions, next_tokens, now, prompts
 from resect.evaluation.mode import evaluating
 from resect.graph import DEPTH, Graph, Group
 from resect.plan import Cost, Kept, Plan, Workload
+from resect.ranges import Numbers, whole
 from resect.surgery import cut
 from resect.surroundings import unaffected
 
@@ -45,10 +46,8 @@ Timer = Callable[[Mapping[str, int]], Mapping[str, float]]
 """Seconds of every module that is watched, and of the whole network under "", when so many units of some groups stay."""
 
 
-class Steps(BaseModel):
+class Steps(Numbers):
     """Groups that are alike, and the seconds of the module around one of them by the number of units that stay."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     units: int
@@ -70,10 +69,8 @@ class Steps(BaseModel):
         return self.seconds[min(edge for edge in self.edges if edge >= kept)]
 
 
-class LatencyTable(BaseModel):
+class LatencyTable(Numbers):
     """What every width costs, as measured; plain JSON."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     where: str
@@ -152,6 +149,8 @@ def latency_table(
     Memory for a second model is needed. `points` widths at equal distances and the edges between them are measured of every
     family of like groups, each as the fastest of `rounds` runs or more: whatever else the machine does only ever adds.
     """
+    whole("points", points)
+    whole("rounds", rounds)
     check_positions("the model", model, workload.length + DECODED)
     watch = Stopwatch(model, graph, workload, _modules(graph, kinds), rounds)
     families, seconds = measure_families(graph, watch, kinds=kinds, points=points, homes=watch.homes)

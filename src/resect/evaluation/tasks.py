@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.perplexity import LOGITS, row_nats
+from resect.ranges import whole
 from resect.statistics import IGNORED
 from resect.surroundings import unaffected
 
@@ -93,6 +94,9 @@ class Task:
 
         Raises `UsageError` for more shots than there are other items and `NumericsError` for logits that are not finite.
         """
+        whole("shots", shots, low=0)
+        if limit is not None:
+            whole("limit", limit)
         if shots >= len(self.items):
             raise UsageError(f"Asked for {shots} shots of {self.name}; it has {len(self.items)} items. Ask for fewer.")
         items = self.items[:limit]

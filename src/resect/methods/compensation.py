@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from resect.graph import Graph
 from resect.plan import Plan
+from resect.ranges import Numbers
 from resect.statistics import Chain, Data, Moments, Prefix, collect_curvature, prepared
 from resect.surgery import Loss, masked, reading, without_columns, without_columns_after, without_columns_under
 
 Known = Callable[[str], Moments | None]
 
 
-class Compensation(BaseModel):
+class Compensation(Numbers):
     """Settings of the update."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     inputs: Literal["dense", "pruned"] = "dense"
     """What layers are thought to take in: what they do before the cut, or what is left after everything before them was cut."""

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resect.calibration import digest, evaluation_tokens
 from resect.errors import NumericsError, UsageError, nearest
-from resect.evaluation import Onward, Perplexity, evaluating, exponential, first_block, perplexity, summed_nats, windows_of
+from resect.evaluation import Onward, Perplexity, evaluating, first_block, perplexity, summed_nats, windows_of
 from resect.graph import KINDS, VOCABULARY, Graph, Group, trace
 from resect.plan import Kept, Plan
+from resect.ranges import seed_of, share, whole
 from resect.report import GroupKnowledge, Knowledge, Removal, TextPerplexity, machine, versions
 from resect.report.knowledge import damage, unprunable
 from resect.saliency import score
-from resect.statistics import collect
+from resect.statistics import collect, perplexity_of
 from resect.surgery import masked
 from resect.surroundings import unaffected
 
@@ -59,7 +60,7 @@ def analyze(
     half the blocks run; where blocks talk otherwise the whole model runs each time. The model is left bit-identical.
     Raises `UsageError`, `DataError` or `NumericsError`.
     """
-    _check(kinds, ratios, gamma, units)
+    check_analysis(kinds=kinds, ratios=ratios, gamma=gamma, units=units, window=window, limit=limit, seed=seed)
     start = time.perf_counter()
     graph = trace(model)
     groups = _offered(graph, kinds)
@@ -125,7 +126,12 @@ def _tested(trial: Trial, groups: Sequence[Group], orders: dict[str, Tensor], ra
                 measured[count] = trial.nats(group, orders[group.name][:count].tolist())
                 bar.update()
             removals = [
-                Removal(ratio=ratio, removed=count, nats=measured[count], perplexity=_finite(exponential(measured[count])))
+                Removal(
+                    ratio=ratio,
+                    removed=count,
+                    nats=measured[count],
+                    perplexity=perplexity_of(measured[count], f"without {count} of the {group.units} units of {group.name}"),
+                )
                 for ratio, count in zip(ratios, counts[group.name], strict=True)
             ]
             lost = damage(trial.dense.nats, removals)
@@ -166,11 +172,14 @@ def _text(text: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, limit: 
     return text, evaluation_tokens(text, tokenizer, limit=limit)
 
 
-def _finite(value: float) -> float | None:
-    return value if value < torch.inf else None
-
-
-def _check(kinds: Sequence[str], ratios: Sequence[float], gamma: float, units: str) -> None:
+def check_analysis(
+    *, kinds: Sequence[str], ratios: Sequence[float], gamma: float, units: str, window: int, limit: int | None, seed: int
+) -> None:
+    """Raises `UsageError` for what an analysis cannot be asked for, before anything is loaded."""
+    whole("window", window, low=2)
+    if limit is not None:
+        whole("limit", limit, low=2)
+    seed_of(seed)
     known = [kind for kind in KINDS if kind != VOCABULARY]
     for word, value, words in [("kind", kind, known) for kind in kinds] + [("choice of units", units, list(CHOICES))]:
         if value not in words:
@@ -178,7 +187,5 @@ def _check(kinds: Sequence[str], ratios: Sequence[float], gamma: float, units: s
     if not ratios or len(set(ratios)) < len(ratios):
         raise UsageError(f"ratios={list(ratios)} were asked; name one or more, each once.")
     for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise UsageError(f"The ratio {ratio:g} was asked; it is the share of a group that goes and lies in (0, 1].")
-    if not 0 <= gamma <= 1:
-        raise UsageError(f"gamma={gamma:g} was asked; it is the share of groups to be protected and lies in [0, 1].")
+        share("ratios", ratio)
+    share("gamma", gamma, zero=True)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from resect.graph import Graph, Group, retrace
 from resect.methods.knowledge import RATIOS, analyze
 from resect.methods.method import Method, Shot, Units
 from resect.plan import Cost, Plan, keep_all, select
+from resect.ranges import Numbers
 from resect.recovery import AdapterSettings
 from resect.report import Knowledge
 from resect.saliency import adapted_scores, score
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
     from resect.recovery import Steps
 
 
-class Analysis(BaseModel):
+class Analysis(Numbers):
     """How groups are found that stay whole; constants of `resect.analyze`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gamma: float = Field(default=0.1, ge=0, le=1)
     """The share of groups that stays whole."""

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from resect.checkpoint import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
 from resect.plan import Cost, Pattern, Plan
+from resect.ranges import Numbers
 from resect.statistics import Data, computing
 
 Units = Annotated[int, Field(ge=0)]
@@ -37,10 +38,8 @@ class Shot:
         return cls(plan, loss, dict(prices or {}))
 
 
-class Method(BaseModel, ABC):
+class Method(Numbers, ABC):
     """Settings of a method."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     recovery: ClassVar[Mapping[str, Any] | None] = None
     """The section of the recovery that the method ends with, but for the data; None: it ends with the cut."""

@@ -32,6 +32,7 @@ from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
+from resect.ranges import seed_of, share, whole
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
 from resect.surgery import cut_and_check, gather_and_check
 from resect.surroundings import unaffected
@@ -106,8 +107,12 @@ def prune(
     chosen = method_settings(method, settings)
     if layout not in LAYOUTS:
         raise UsageError(f"There is no layout {layout!r}. {nearest(layout, LAYOUTS)}")
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
+    keep = share("keep", keep)
+    whole("align", align)
+    whole("samples", samples)
+    whole("length", length, low=2)
+    whole("stops", stops, low=0)
+    seed_of(seed)
     if watch is not None and (chosen.writes or chosen.compensation is not None or not chosen.coupled):
         raise UsageError(
             f"Perplexity over sizes was asked for; it is measured with masks on the dense model, and {method} changes weights "
@@ -142,11 +147,11 @@ def prune(
             with _timed(seconds, "calibration"):
                 given, provenance = _data(data, tokenizer, model, samples=samples, length=length, seed=seed)
         rest = {"layout": layout, "align": align, "protect": spared, "seed": seed}
-        whole = [method, chosen.model_dump(mode="json"), {"keep": keep, "of": of, **rest}, provenance]
-        whole += [str(budget)] if budget else []
+        claim = [method, chosen.model_dump(mode="json"), {"keep": keep, "of": of, **rest}, provenance]
+        claim += [str(budget)] if budget else []
         if chosen.long:
-            whole += [_fingerprint(list(given.batches)), _fingerprint(list(model.state_dict().values()))]
-        with _noted(progress if chosen.long else None, whole, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
+            claim += [_fingerprint(list(given.batches)), _fingerprint(list(model.state_dict().values()))]
+        with _noted(progress if chosen.long else None, claim, resume) as notes, _undone(model, undo=plan_only and chosen.writes):
             with _timed(seconds, "budget"):
                 priced = {"kinds": chosen.removes, "table": latency_table, "progress": notes}
                 spent = spending(model, graph, budget, keep=keep, of=of, **priced)  # type: ignore[arg-type]
@@ -233,11 +238,26 @@ def _data(
     if isinstance(data, Data):
         return data, {"source": "batches given by the caller", "samples": len(data.batches)}
     if isinstance(data, Tensor):
+        _check_tokens(data, model)
         return _windows(data), {"source": "tokens given by the caller", "samples": data.shape[0], "length": data.shape[1]}
     if tokenizer is None and data is not None:
         raise UsageError(f"Calibration on {data!r} needs the model's tokenizer. Pass it, or token windows as data.")
     calibration = calibrate(data, tokenizer, samples=samples, length=length, seed=seed, model=model)
     return _windows(calibration.tokens), dict(calibration.provenance)
+
+
+def _check_tokens(tokens: Tensor, model: nn.Module) -> None:
+    """Refuses what are no windows of the model's tokens."""
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise UsageError(
+            f"data of shape {list(tokens.shape)} and type {tokens.dtype} was given; windows of tokens are whole numbers "
+            "[sequences, length]."
+        )
+    table = getattr(model.get_input_embeddings(), "weight", None) if isinstance(model, PreTrainedModel) else None
+    low, high = (int(end) for end in tokens.aminmax())
+    if low < 0 or isinstance(table, Tensor) and table.ndim == 2 and high >= len(table):
+        rows = f"the model has {len(table)} rows for them" if isinstance(table, Tensor) else "they count from 0"
+        raise UsageError(f"data holds tokens from {low} to {high}; {rows}. Use the model's own tokenizer.")
 
 
 def _windows(tokens: Tensor) -> Data:

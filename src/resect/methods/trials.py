@@ -9,31 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, isfinite
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from resect.evaluation import Onward, evaluating, first_block
 from resect.graph import Graph, Group
 from resect.plan import Plan
+from resect.ranges import Numbers
 from resect.saliency import Ladder
 from resect.statistics import Data, loss_of
 from resect.surgery import masked, reading
 
 
-class Trials(BaseModel):
+class Trials(Numbers):
     """How removals are tried."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     predictions: int = Field(default=8192, ge=1)
     """So many are measured, of batches spread over all calibration data: tokens of a text, samples of a classifier."""
     share: float = Field(default=0.1, gt=0, le=1)
     """A trial removes what the ladders alone would, and this share of the units of a group at least."""
-    bounds: tuple[float, float] = (0.7, 3.0)
+    bounds: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.7, 3.0)
     """The least and the most by which a price changes: one removal of few units on little text is no more certain than that."""
 
     @field_validator("bounds")

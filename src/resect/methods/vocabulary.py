@@ -12,6 +12,7 @@ from resect.checkpoint.tokenizer import Parts, base_tokens, token_counts
 from resect.errors import DataError, UsageError
 from resect.graph import VOCABULARY, Graph, Group
 from resect.plan import Kept, Plan
+from resect.ranges import share, whole
 from resect.surroundings import unaffected
 
 
@@ -45,6 +46,9 @@ def vocabulary_plan(
     Raises `UsageError` where the network's rows cannot go, for another model's tokenizer and for a `keep` that is too small,
     `DataError` for a text without tokens.
     """
+    whole("align", align)
+    if keep is not None:
+        keep = share("keep", keep) if isinstance(keep, float) else whole("keep", keep)
     group = _offered(graph)
     parts = Parts(tokenizer)
     base = base_tokens(tokenizer, parts) | set(group.named)
@@ -86,8 +90,6 @@ def _offered(graph: Graph) -> Group:
 
 def _rows(keep: int | float, units: int, align: int, *, least: int) -> int:
     """How many rows a bound allows: a multiple of `align`, all at most."""
-    if isinstance(keep, float) and not 0 < keep <= 1 or keep <= 0:
-        raise UsageError(f"keep={keep} was asked of the vocabulary; it is a number of rows, or a share in (0, 1].")
     asked = min(int(keep * units) if isinstance(keep, float) else keep, units)
     rows = asked if asked == units else asked // align * align
     if rows < least:

@@ -9,6 +9,7 @@ from math import inf, nextafter
 
 from resect.errors import UsageError, nearest
 from resect.graph import Graph
+from resect.ranges import MOST_TOKENS, share, whole
 
 OF = ("blocks", "model", "macs")
 BUDGETS = ("params", "model", "macs", "bytes", "latency")
@@ -24,6 +25,12 @@ class Workload:
     phase: str = "prefill"
     batch: int = 1
     length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise UsageError(f"There is no phase {self.phase!r}. {nearest(self.phase, PHASES)}")
+        whole("batch", self.batch)
+        whole("length", self.length)
 
     def __str__(self) -> str:
         return f"{self.phase}:{self.batch}x{self.length}"
@@ -67,6 +74,16 @@ class Budget:
     amount: int | None = None
     workload: Workload | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in BUDGETS:
+            raise UsageError(f"There is no budget of {self.kind!r}. {nearest(self.kind, BUDGETS)} {HOW}")
+        if (self.share is None) == (self.amount is None):
+            raise UsageError(f"A budget of {self.kind} has a share or an amount. {HOW}")
+        if self.share is not None:
+            share(f"the share of {self.kind}", self.share)
+        if self.amount is not None:
+            whole(f"the amount of {self.kind}", self.amount, high=MOST_TOKENS)
+
     def __str__(self) -> str:
         size = f"{self.amount}B" if self.share is None else f"{self.share:g}"
         return f"{self.kind}:{size}" + (f"@{self.workload}" if self.workload else "")
@@ -91,8 +108,8 @@ class Budget:
         if self.share is not None:
             return self.share
         assert self.amount is not None
-        share = min(1.0, self.amount / dense)
-        return share if share * dense >= min(self.amount, dense) else nextafter(share, inf)
+        part = min(1.0, self.amount / dense)
+        return part if part * dense >= min(self.amount, dense) else nextafter(part, inf)
 
 
 def cost_of(graph: Graph, of: str | Cost, *, tokens: int = 64) -> Cost:
@@ -130,14 +147,14 @@ def _amount(size: str) -> int | None:
         return None
     if found[2] not in UNITS:
         raise UsageError(f"There is no unit {found[2]!r}. {nearest(found[2], UNITS)}")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(min(float(found[1]) * UNITS[found[2]], 2.0 * MOST_TOKENS))
 
 
 def _share(size: str, text: str) -> float:
     try:
-        share = float(size)
+        part = float(size)
     except ValueError:
         raise UsageError(f"The budget {text!r} was given; {size!r} is no number. {HOW}") from None
-    if not 0 < share <= 1:
+    if not 0 < part <= 1:
         raise UsageError(f"The budget {text!r} was given; {size} is the share that stays and lies in (0, 1].")
-    return share
+    return part

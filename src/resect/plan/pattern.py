@@ -5,15 +5,18 @@ Source: LLM Surgeon (arXiv 2312.17244), section 3.3: the layers share one thresh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from resect.errors import NumericsError, UsageError
+from resect.plan.plan import Count
 
 Losses = Callable[[], Iterable[Float[Tensor, " any"]]]
 """Gives the losses of all matrices, one after the other, each time that it is called."""
@@ -26,11 +29,20 @@ class Matrix(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shape: tuple[int, int]
-    rows: tuple[int, ...] | None = None
-    columns: tuple[int, ...] | None = None
-    zeros: int = 0
+    shape: tuple[Count, Count]
+    rows: tuple[Count, ...] | None = None
+    columns: tuple[Count, ...] | None = None
+    zeros: Count = 0
     """Elements that are zero."""
+
+    @model_validator(mode="after")
+    def _within(self) -> Matrix:
+        for name, kept, size in (("rows", self.rows, self.shape[0]), ("columns", self.columns, self.shape[1])):
+            if kept is not None and (sorted(set(kept)) != list(kept) or kept and kept[-1] >= size):
+                raise ValueError(f"{name} must be unique, ascending and below {size}")
+        if self.zeros > prod(self.shape):
+            raise ValueError(f"{self.zeros} zeros in a matrix of {self.shape[0]} x {self.shape[1]}")
+        return self
 
 
 class Pattern(BaseModel):
@@ -50,8 +62,9 @@ class Pattern(BaseModel):
 
     def to_json(self) -> str:
         """The pattern as JSON, one line per layer."""
-        lines = ",\n".join(f'  "{name}": {matrix.model_dump_json(exclude_none=True)}' for name, matrix in self.layers.items())
-        return f'{{"version": 1, "kind": "{self.kind}", "layers": {{\n{lines}\n}}}}\n'
+        rows = [f"  {json.dumps(name)}: {matrix.model_dump_json(exclude_none=True)}" for name, matrix in self.layers.items()]
+        lines = ",\n".join(rows)
+        return f'{{"version": 1, "kind": {json.dumps(self.kind)}, "layers": {{\n{lines}\n}}}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> Pattern:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from resect.errors import UsageError
+from resect.ranges import MOST
+
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+"""A whole number of units, or the number of one; true is none."""
 
 
 class Kept(BaseModel):
@@ -16,9 +21,9 @@ class Kept(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    layer: int | None
-    units: int
-    keep: tuple[int, ...]
+    layer: Count | None
+    units: Count
+    keep: tuple[Count, ...]
 
     @field_validator("keep")
     @classmethod
@@ -82,7 +87,7 @@ class Plan(BaseModel):
 
     def to_json(self) -> str:
         """The plan as JSON, one line per group."""
-        lines = ",\n".join(f'  "{name}": {kept.model_dump_json()}' for name, kept in self.groups.items())
+        lines = ",\n".join(f"  {json.dumps(name)}: {kept.model_dump_json()}" for name, kept in self.groups.items())
         notes = self.model_dump_json(include={"notes"})[1:-1]
         return f'{{"version": 1, {notes}, "groups": {{\n{lines}\n}}}}\n'
 

@@ -27,6 +27,7 @@ from resect.errors import NumericsError, UsageError, nearest
 from resect.graph import DEPTH, KINDS, Graph, Group
 from resect.plan.budget import OF, Cost, cost_of
 from resect.plan.plan import Kept, Plan
+from resect.ranges import share, whole
 
 LAYOUTS = ("uniform", "per-layer")
 SELECTIONS = ("global", "local")
@@ -74,7 +75,8 @@ def select(
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
-    if spread is not None and spread < 1:
+    whole("align", align)
+    if spread is not None and not 1 <= spread < inf:
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
     ladders = _ladders(graph, layout, kinds=kinds, ranges=ranges, groups=groups, protect=protect)
@@ -141,8 +143,7 @@ def _stays(floor: Mapping[str, int]) -> str:
 
 
 def _check(keep: float, *, of: str | Cost, layout: str, selection: str, kinds: Sequence[str]) -> None:
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep={keep:g} was asked; it is the share that stays and lies in (0, 1].")
+    share("keep", keep)
     named: list[tuple[str, str, Sequence[str]]] = [("layout", layout, LAYOUTS), ("selection", selection, SELECTIONS)]
     if isinstance(of, str):
         named.append(("of", of, OF))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resect.checkpoint import check_directory, load, load_tokenizer, whole_directory
 from resect.methods import Knowledge, analyze
-from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS
+from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS, check_analysis
 from resect.recipe.measure import Announce, device_of, dtype_of
 from resect.report import knowledge_html, knowledge_markdown, knowledge_png
 from resect.surroundings import unaffected
@@ -37,6 +37,7 @@ def analysis(
     That holds `analysis.json`, which `protect` takes, `analysis.md`, and the picture as `analysis.png` and `analysis.html`; it is
     whole or not there. Raises `UsageError`, `DataError`, `ModelError`, `NumericsError` or `CheckpointError`.
     """
+    check_analysis(kinds=kinds, ratios=ratios, gamma=gamma, units=units, window=window, limit=limit, seed=seed)
     directory = check_directory(output, overwrite=overwrite)
     announce(f"load {name}")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)

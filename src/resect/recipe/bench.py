@@ -13,6 +13,7 @@ from resect.errors import UsageError
 from resect.evaluation import Latency, LatencyTable, Spread, entry_bytes, latencies, latency_table, paired_ratio, parameter_count
 from resect.graph import Graph, trace
 from resect.plan import PHASES, Workload, macs_of
+from resect.ranges import whole
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of, weight_bytes
 from resect.report import Benched, BenchReport, BenchRow, bench_markdown, machine, versions
 from resect.report.results import Measurements
@@ -51,6 +52,9 @@ def bench(
         raise UsageError("A latency table was asked for. Say where it goes: -o DIR.")
     if not names or not batches or not lengths:
         raise UsageError("There is nothing to time. Name a model, a batch and a length.")
+    for place, counts in {"batches": batches, "lengths": lengths, "decode": [decode], "repeats": [repeats]}.items():
+        for count in counts:
+            whole(place, count)
     stages, where = Stages(announce), device_of(device)
     models: dict[str, PreTrainedModel] = {}
     graphs: dict[str, Graph] = {}

@@ -35,6 +35,7 @@ from resect.evaluation import (
 from resect.graph import VOCABULARY, Graph
 from resect.methods import Result
 from resect.plan import Plan
+from resect.ranges import amount, seed_of, whole
 from resect.recipe.schema import EvaluationSection, Timing
 from resect.report import (
     Curve,
@@ -340,6 +341,9 @@ def conversations(
     """A conversation with each of some models. `seed` is for answers that are drawn."""
     if len(set(names)) < len(names):
         raise UsageError(f"{names[0]} was named twice; it would answer beside itself. Name another model.")
+    whole("new_tokens", new_tokens)
+    amount("temperature", temperature)
+    seed_of(seed)
     where, found = device_of(device), {}
     for name in names:
         announce(f"load {name}")

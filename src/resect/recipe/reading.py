@@ -165,7 +165,7 @@ def _beside(file: Path) -> str:
     """The nearest YAML file in the directory of a missing one."""
     if not file.parent.is_dir():
         return f"There is no directory {file.parent}."
-    known = [str(other) for other in file.parent.iterdir() if other.suffix in (".yaml", ".yml")]
+    known = [str(other) for other in sorted(file.parent.iterdir()) if other.suffix in (".yaml", ".yml")]
     return nearest(str(file), known) if known else ""
 
 

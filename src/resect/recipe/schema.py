@@ -8,9 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -20,6 +18,7 @@ from pydantic import (
 
 from resect.errors import UsageError, nearest, no_text, shown
 from resect.explain import explain
+from resect.ranges import MOST_SEED, Numbers
 from resect.recovery.settings import Recovery
 
 
@@ -53,17 +52,13 @@ def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str | list | tuple) else value
 
 
-MOST = 2**31 - 1
-"""Numbers are no larger than tensors have places."""
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 """What every generator of random numbers takes."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
-class Section(BaseModel):
+class Section(Numbers):
     """A part of a recipe: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="after")
     def _of_text(self) -> Self:
@@ -71,8 +66,6 @@ class Section(BaseModel):
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and (fault := no_text(text)):
                     raise ValueError(f"{name} = {shown(text)}: it holds {fault}. Take that out.")
-                if isinstance(text, int) and text > MOST and name != "seed":
-                    raise ValueError(f"{name} = {shown(text)}: it must be at most {MOST:,}.")
         return self
 
 

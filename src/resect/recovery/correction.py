@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from resect.errors import NumericsError
+from resect.ranges import Numbers
 from resect.statistics import Data, Layer, loss_of, prepared
 
 
-class Correction(BaseModel):
+class Correction(Numbers):
     """Settings of the corrections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)

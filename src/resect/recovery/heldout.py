@@ -10,7 +10,7 @@ from torch import nn
 from resect.errors import NumericsError
 from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats
-from resect.statistics import IGNORED, computing, token_losses
+from resect.statistics import IGNORED, MOST_NATS, computing, token_losses
 
 
 @torch.no_grad()
@@ -41,10 +41,10 @@ def _mean(model: nn.Module, examples: Sequence[Example], batch: int, padding: in
         logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False).logits
         total += float(token_losses(logits, given["labels"]).double().sum())
     mean = total / sum(map(_predicted, examples))
-    if not mean < float("inf"):
+    if not mean <= MOST_NATS:
         raise NumericsError(
-            f"The held-out loss on {source!r} is {mean}. Look for weights out of range, lower settings.learning_rate, or use a "
-            "wider dtype (float32, bfloat16)."
+            f"The held-out loss on {source!r} is {mean:g} nats a token, and no float holds its perplexity. Look for weights out "
+            "of range, lower settings.learning_rate, or use a wider dtype (float32, bfloat16)."
         )
     return mean
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from resect.environment import processes, recipe_decides, tell_precision
 from resect.errors import ResectWarning, UsageError
+from resect.ranges import seed_of
 from resect.recovery.adapter import Adapter, adapter_of, attach
 from resect.recovery.examples import Example, Pool, read_pool
 from resect.recovery.facts import Facts, Nats
@@ -72,6 +73,7 @@ def recover(
     `ModelError` and `NumericsError`; low-rank terms are then taken off again, and the model is what it was.
     """
     settings = settings or Recovery()
+    seed_of(seed)
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
     main = processes().main

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from resect.ranges import MOST_TOKENS, Numbers
 
 
-class Section(BaseModel):
+class Section(Numbers):
     """A part of the settings: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AdapterSettings(Section):
@@ -75,7 +75,7 @@ class Recovery(Section):
     """The largest norm of a gradient."""
     epochs: float = Field(default=1.0, gt=0)
     """How often as many examples are seen as there are (LLM-Pruner: 2)."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """About so many tokens instead of epochs, rounded up to whole batches."""
     batch: int = Field(default=16, ge=1)
     """Examples a step, over all processes (LLM-Pruner: 64)."""

@@ -37,8 +37,7 @@ class Removal(Record):
     """Units: the ratio in whole ones, at least one, at most what the network can do without."""
     nats: float
     """Mean cross-entropy per predicted token."""
-    perplexity: float | None
-    """None where it is too large for a float."""
+    perplexity: float
 
 
 class GroupKnowledge(Record):
@@ -158,6 +157,6 @@ def _header(found: Knowledge) -> list[str]:
 
 
 def _row(found: Knowledge, group: GroupKnowledge) -> list[str]:
-    values = ["inf" if removal.perplexity is None else brief(removal.perplexity) for removal in group.removals]
+    values = [brief(removal.perplexity) for removal in group.removals]
     mark = MARK if group.name in found.protected else ""
     return [group.name, group.kind, f"{group.units:,}", *values, f"{group.damage:.3f}", mark]

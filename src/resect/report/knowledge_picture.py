@@ -152,7 +152,7 @@ def _shade(number: int, count: int) -> str:
 
 def _hover(found: Knowledge, group: GroupKnowledge, place: int) -> str:
     removal = group.removals[place]
-    value = "inf" if removal.perplexity is None else brief(removal.perplexity)
+    value = brief(removal.perplexity)
     value += f" ({_rise(found, group, place):+,.2f} %)"
     protected = "<br>protected" if group.name in found.protected else ""
     return f"{group.name}<br>{removal.removed:,} of {group.units:,} removed: perplexity {value}{protected}"
@@ -182,7 +182,7 @@ def _blocks(found: Knowledge) -> int:
 def _rise(found: Knowledge, group: GroupKnowledge, place: int) -> float:
     """What perplexity rises by, in percent."""
     value = group.removals[place].perplexity
-    return CEILING if value is None else min(100 * (value / found.dense.value - 1), CEILING)
+    return min(100 * (value / found.dense.value - 1), CEILING)
 
 
 def _height(found: Knowledge, group: GroupKnowledge, place: int) -> float:

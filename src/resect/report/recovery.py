@@ -111,7 +111,7 @@ def facts_losses(facts: Facts) -> Rows:
     rows = []
     for counts in facts.sources:
         nats = [facts.before, facts.after, *([facts.dense] if facts.dense else [])]
-        values = [f"{math.exp(min(one[counts.source], 700)):.2f}" for one in nats]
+        values = [f"{math.exp(one[counts.source]):.2f}" for one in nats]
         rows.append([facts.names[counts.source], *values, f"{counts.examples:,}", f"{counts.held_out:,}"])
     return Rows("Held-out perplexity of every source", head, rows)
 

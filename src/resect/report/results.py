@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from resect.errors import NumericsError
 from resect.evaluation import Agreement, Answers, Flips, Interval, Latency, Perplexity, Spread
 from resect.recovery import Facts
 from resect.report.machine import machine, versions
@@ -16,14 +17,30 @@ SCHEMA: Final = 1
 """Raised when a field changes its meaning or goes; new fields may appear without."""
 
 
+Uncertain = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(lambda value: math.nan if value is None else value)]
+"""NaN, and null in JSON, where one item says nothing of how sure a figure is."""
+
+
 class Record(BaseModel):
     """A result: plain values, written once."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def to_json(self) -> str:
-        """JSON, numbers that are not finite as null."""
+        """JSON; raises `NumericsError` for a figure that is NaN or infinite. Standard errors of one item are null."""
+        wrong = next(_not_finite(self.model_dump()), None)
+        if wrong is not None:
+            raise NumericsError(f"The result {wrong[0]} is {wrong[1]}, which is no figure. Please report how this was made.")
         return self.model_dump_json(indent=1) + "\n"
+
+
+def _not_finite(values: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested values that are NaN or infinite, with their dotted places."""
+    if isinstance(values, float) and not math.isfinite(values) and not place.endswith("stderr"):
+        yield place, values
+    parts = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list | tuple) else ()
+    for name, part in parts:
+        yield from _not_finite(part, f"{place}.{name}".lstrip("."))
 
 
 class TextPerplexity(Record):
@@ -67,7 +84,7 @@ class TaskAccuracy(Record):
     metric: str
     """Which of the two accuracies is reported for the task: `acc` or `acc_norm`."""
     accuracy: float
-    stderr: float
+    stderr: Uncertain
     items: int
     shots: int
     acc: float

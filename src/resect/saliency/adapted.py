@@ -28,14 +28,14 @@ def adapted_scores(
     add up to its number of weights, because norms grow with the root of that number, and heads would all go before channels.
     """
     members = {group.name: [member for member in group.members if member.parameter in weights] for group in groups}
-    named = {member.parameter for chosen in members.values() for member in chosen}
+    named = dict.fromkeys(member.parameter for chosen in members.values() for member in chosen)
     sums = {name: _sums(weights[name], deltas.get(name)) for name in named}
     parts = torch.cat([_parts(members[group.name], sums) for group in groups], 1)
     found = criteria(*parts)
     norms = found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     total = (found / norms * found.new_tensor(SHARES)[:, None]).sum(0)
     kinds = [group.kind for group in groups for _ in range(group.units)]
-    for kind in set(kinds):
+    for kind in dict.fromkeys(kinds):
         alike = torch.tensor([one == kind for one in kinds])
         total[alike] *= parts[-1, alike].sum() / total[alike].sum()
     return dict(zip((group.name for group in groups), total.split([group.units for group in groups]), strict=True))

@@ -7,7 +7,7 @@ from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, M
 from resect.statistics.elements import CRITERIA, Criterion
 from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
-from resect.statistics.losses import IGNORED, divergence, prediction_losses, token_losses
+from resect.statistics.losses import IGNORED, MOST_NATS, divergence, perplexity_of, prediction_losses, token_losses
 from resect.statistics.objective import Classes, Data, NextToken, Objective, loss_of
 from resect.statistics.precision import computing, tell_emulated
 from resect.statistics.prefix import Pairs, Prefix
@@ -17,6 +17,7 @@ __all__ = [
     "CRITERIA",
     "FISHERS",
     "IGNORED",
+    "MOST_NATS",
     "WITHOUT_GRADIENTS",
     "Chain",
     "Classes",
@@ -39,6 +40,7 @@ __all__ = [
     "layer_of",
     "layers_of",
     "loss_of",
+    "perplexity_of",
     "position_values",
     "prediction_losses",
     "prepared",

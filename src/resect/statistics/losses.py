@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import exp, isfinite
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from resect.errors import NumericsError
 from resect.statistics.layers import wide
 
 IGNORED = -100
@@ -88,3 +90,20 @@ def _parts(logits: Tensor, rows: Tensor, teacher: Tensor | None) -> Iterator[tup
     for start in range(0, len(rows), size):
         part = slice(start, min(start + size, len(rows)))
         yield part, wide(logits[rows[part]]), None if teacher is None else wide(teacher[rows[part]])
+
+
+MOST_NATS = 700.0
+"""The mean cross-entropy whose perplexity a float still holds."""
+
+
+def perplexity_of(nats: float, what: str) -> float:
+    """The perplexity of a mean cross-entropy in nats per prediction; `what` names the measurement.
+
+    Raises `NumericsError` where it is no number that could be reported: the loss is not finite, or above `MOST_NATS`.
+    """
+    if not isfinite(nats) or nats > MOST_NATS:
+        raise NumericsError(
+            f"{what}: the mean loss is {nats:g} nats a token, and no float holds its perplexity. Logits this far off come from "
+            "weights out of range or from a cut that is too deep. Look for the former, let more stay, or run in a wider type."
+        )
+    return exp(nats)

@@ -253,7 +253,8 @@ def _expert_counts(model: nn.Module, groups: list[tuple[Group, int]]) -> Attribu
     """Numbers of experts beside their weights: the replay runs a kernel that does not look at them, others do."""
     found: Attributes = {}
     for group, count in groups:
-        for path in {member.parameter.rpartition(".")[0] for member in group.members if group.kind == "experts"}:
+        members = group.members if group.kind == "experts" else ()
+        for path in dict.fromkeys(member.parameter.rpartition(".")[0] for member in members):
             own = dict(model.get_submodule(path).named_parameters(recurse=False))
             inside = [member for member in group.members if member.parameter.rpartition(".")[0] == path]
             weights = [member for member in inside if member.parameter.rpartition(".")[2] in own]

@@ -38,7 +38,7 @@ class Record(BaseModel):
 
 def name_before(name: str, removed: Collection[str]) -> str:
     """A module or parameter as it was called before some blocks were removed: later ones had higher numbers."""
-    for parent in {block.rpartition(".")[0] for block in removed}:
+    for parent in dict.fromkeys(block.rpartition(".")[0] for block in removed):
         head, _, rest = name.removeprefix(parent + ".").partition(".")
         if name.startswith(parent + ".") and head.isdigit():
             left = (number for number in count() if f"{parent}.{number}" not in removed)
@@ -88,7 +88,7 @@ def _check_gathered(model: nn.Module, plan: Plan, graph: Graph) -> None:
     """Refuses groups with slices in layers that keep only some of their own rows and columns: those no longer line up."""
     found: dict[str, str] = {}
     for group, _ in changed(graph, plan):
-        for path in {member.parameter.rpartition(".")[0] for member in group.members}:
+        for path in dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members):
             if type(model.get_submodule(path)).__name__ == Gathered.__name__:  # shipped code has a class of its own
                 found[group.name] = path
     if found:
