@@ -455,31 +455,32 @@ def test_of_several_processes_the_first_warns(
 
 
 def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:
+    settings = Recovery(
+        length=40, batch=4, micro_batch=2, epochs=1, evaluations=2, held_out=4, learning_rate=3e-3, dropout=0
+    )
+    one = call(FAMILIES["llama"](), text, settings, progress=tmp_path / "p-one").facts
     script = """
-import json, sys
+import json, os, sys
 from resect.recovery import Recovery, recover
 from tests.models import FAMILIES, tiny_tokenizer
-settings = Recovery(length=40, batch=4, micro_batch=2, epochs=1, evaluations=2, held_out=4, learning_rate=3e-3, dropout=0)
-found = recover(FAMILIES["llama"](), tiny_tokenizer(), data=[sys.argv[1]], settings=settings, progress=sys.argv[2])
-import os
-if os.environ.get("RANK", "0") == "0":
+text, settings, progress, output = sys.argv[1:]
+settings = Recovery.model_validate_json(settings)
+found = recover(FAMILIES["llama"](), tiny_tokenizer(), data=[text], settings=settings, progress=progress)
+if os.environ["RANK"] == "0":
     training = found.facts.trainings[0]
-    json.dump([found.facts.processes, training.losses, training.held_out], open(sys.argv[3], "w"))
+    json.dump([found.facts.processes, training.losses, training.held_out], open(output, "w"))
 """
-    file = tmp_path / "once.py"
+    file, output = tmp_path / "once.py", tmp_path / "two.json"
     file.write_text(script)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for name, words in (("one", []), ("two", launch)):
-        command = [sys.executable, *words, str(file), str(text), str(tmp_path / f"p-{name}"), str(tmp_path / f"{name}.json")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", ".", *sys.path]), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "rank0" in line) or run.stderr
-        found.append(json.loads((tmp_path / f"{name}.json").read_text()))
-    (_, losses, held_out), (processes, losses_2, held_out_2) = found
-    assert processes == 2
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_2), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.tensor(held_out), torch.tensor(held_out_2), rtol=1e-5, atol=1e-5)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(file), str(text), settings.model_dump_json(), str(tmp_path / "p-two"), str(output)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", ".", *sys.path]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "rank0" in line) or run.stderr
+    processes, losses, held_out = json.loads(output.read_text())
+    assert (one.processes, processes) == (1, 2)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(one.trainings[0].losses), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(held_out), torch.tensor(one.trainings[0].held_out), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

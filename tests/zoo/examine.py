@@ -57,8 +57,11 @@ class Row:
         return not self.problem and not self.refused and all(value <= TOLERANCE for value in self.differences.values())
 
 
-def examine(model_type: str, *, seed: int = 0, row: Row | None = None) -> Row:
-    """Traces the small model of a type on the meta device, then cuts a real one, kind by kind; fills in `row` if given."""
+def examine(model_type: str, *, seed: int = 0, row: Row | None = None, double: bool = True) -> Row:
+    """Traces the small model of a type on the meta device, then cuts a real one, kind by kind; fills in `row` if given.
+
+    Without `double` nothing is compared in float64.
+    """
     row = row or Row(model_type)
     start = time.perf_counter()
     try:
@@ -74,19 +77,21 @@ def examine(model_type: str, *, seed: int = 0, row: Row | None = None) -> Row:
         return row
     for kind in dict.fromkeys(group.kind for group in graph.groups):
         try:
-            row.differences[kind], row.exact[kind] = _compare(row, model, graph, kind, seed)
+            row.differences[kind], row.exact[kind] = _compare(row, model, graph, kind, seed, double)
         except Exception as problem:
             row.refused[kind] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     return row
 
 
-def _compare(row: Row, model: nn.Module, graph: Graph, kind: str, seed: int) -> tuple[float, float | None]:
+def _compare(
+    row: Row, model: nn.Module, graph: Graph, kind: str, seed: int, double: bool
+) -> tuple[float, float | None]:
     """The differences for a random plan of a kind, without the groups that surgery refuses by name."""
     plans = (random_plan(graph, number, uniform=False, kinds=[kind]) for number in range(seed, seed + 50))
     plan = next(plan for plan in plans if plan.removed())
     while True:
         try:
-            return differences(model, graph, plan, seed)
+            return differences(model, graph, plan, seed, double=double)
         except ModelError as problem:
             refused = {graph.blocks.within(name) for name in problem.groups}
             left = {name: kept for name, kept in plan.groups.items() if graph.blocks.within(name) not in refused}
@@ -121,10 +126,14 @@ def lively(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def differences(model: nn.Module, graph: Graph, plan: Plan, seed: int) -> tuple[float, float | None]:
+def differences(
+    model: nn.Module, graph: Graph, plan: Plan, seed: int, *, double: bool = True
+) -> tuple[float, float | None]:
     """How far cut and masked logits are apart, as a share of their standard deviation: in float32, and in float64."""
     cut = resect.cut(copy.deepcopy(model), plan, graph)
     found = difference(model, cut, graph, plan, seed)
+    if not double:
+        return found, None
     try:
         return found, difference(copy.deepcopy(model).double(), cut.double(), graph, plan, seed)
     except RuntimeError:  # code that makes float32 of its own
