@@ -61,6 +61,10 @@ class DampingRaised(ResectWarning):
     """A factor of curvature could not be inverted with the damping that was asked for."""
 
 
+class DamagedProgress(ResectWarning):
+    """Something that an earlier run noted does not match its digest, and is made anew."""
+
+
 class OtherMachine(ResectWarning):
     """Something was measured on another machine than this one."""
 

@@ -68,8 +68,11 @@ def test_inspect_draws_for_graphviz(resect_: Command, dense: Path, tmp_path: Pat
     result = resect_("inspect", dense, "--dot", file, "--json")
     assert json.loads(result.stdout)["kind"] == "inspection"
     assert file.read_text().startswith('digraph "LlamaForCausalLM" {')
-    refused = resect_("inspect", dense, "--dot", tmp_path / "nowhere" / "picture.dot")
-    assert_refused(refused, 2, "cannot be written")
+    assert resect_("inspect", dense, "--dot", file).exit_code == 0  # its own kind is replaced
+    file.write_text("digraph mine {}")
+    assert_refused(resect_("inspect", dense, "--dot", file), 1, "another kind")
+    assert_refused(resect_("inspect", dense, "--dot", file / "picture.dot"), 1, "Asked to write")
+    assert file.read_text() == "digraph mine {}"
 
 
 def test_inspect_reads_no_weights(resect_: Command, dense: Path, tmp_path: Path) -> None:
@@ -306,8 +309,11 @@ def test_a_directory_that_holds_something_else(resect_: Command, dense: Path, fl
     (output / "thesis.tex").write_text("mine")
     assert_refused(resect_("prune", dense, "-o", output, *flags), 1, "thesis.tex", "--overwrite")
     assert (output / "thesis.tex").read_text() == "mine"
-    assert resect_("prune", dense, "-o", output, *flags, "--overwrite").exit_code == 0
-    assert not (output / "thesis.tex").exists()
+    assert_refused(resect_("prune", dense, "-o", output, *flags, "--overwrite"), 1, "did not write: thesis.tex")
+    assert (output / "thesis.tex").read_text() == "mine"
+    (output / "thesis.tex").unlink()
+    for more in ((), ("--overwrite",)):
+        assert resect_("prune", dense, "-o", output, *flags, *more).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

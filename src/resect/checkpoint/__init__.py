@@ -1,13 +1,13 @@
 """Models as files: loading any of them, and saving cut ones so that others can load them."""
 
-from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
-from resect.checkpoint.progress import Progress
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import Saved, save
 from resect.checkpoint.stock import Stock, expressible_kinds, find_stock
 from resect.checkpoint.tokenizer import cut_tokenizer, needed_tokens
 from resect.checkpoint.verify import verify
+from resect.files import check_directory, whole_directory
+from resect.files.progress import Progress
 from resect.surgery.modeling_resect import resize
 
 __all__ = [

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from resect.checkpoint.card import About, card
-from resect.checkpoint.directory import check_directory, whole_directory
 from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import evaluating
+from resect.files import check_directory, whole_directory
 from resect.surgery import modeling_resect
 from resect.surgery.modeling_resect import removed_blocks, shorten
 from resect.surroundings import unaffected
@@ -74,7 +74,8 @@ def save(
     `CheckpointError` when `directory` holds something and not `overwrite`, when writing fails, and when no configuration
     reproduces the model.
     """
-    target = check_directory(directory, overwrite=overwrite)
+    inputs = [getattr(model, "name_or_path", None)]
+    target = check_directory(directory, overwrite=overwrite, inputs=inputs)
     record = record_of(model)
     _check_tokenizer(model, tokenizer, record)
     written, saved = _loadable(model, record, target)
@@ -82,7 +83,7 @@ def save(
     files = {"resect.json": _describe(saved, record), "README.md": readme}
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
     files |= extra_files or {}
-    with whole_directory(target, overwrite=overwrite) as partial, quiet():
+    with whole_directory(target, overwrite=overwrite, inputs=inputs) as partial, quiet():
         # Merged experts and the like are stored as they are where no stock code would merge them again.
         written.save_pretrained(partial, save_original_format=saved.layout == "uniform")
         if tokenizer is not None:

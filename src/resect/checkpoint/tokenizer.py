@@ -8,7 +8,6 @@ was added competes with them.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ from tokenizers import pre_tokenizers
 
 from resect.checkpoint.silence import quiet
 from resect.errors import UsageError
+from resect.files import temporary_folder
 
 Document = dict[str, Any]
 """What tokenizer.json holds."""
@@ -252,7 +252,7 @@ def _cut(document: Document, numbers: Mapping[int, int]) -> Document:
 
 def _rebuilt(tokenizer: Any, document: Document) -> Any:
     """A tokenizer of the same class and settings made from a document, the way a saved one is loaded."""
-    with tempfile.TemporaryDirectory(prefix="resect-tokenizer-") as folder, quiet():
+    with temporary_folder("for a tokenizer") as folder, quiet():
         tokenizer.save_pretrained(folder)
         for path in Path(folder).iterdir():
             settled = path.name in ("tokenizer_config.json", "special_tokens_map.json") or path.suffix == ".jinja"

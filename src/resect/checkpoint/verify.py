@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
 from resect.environment import python
 from resect.errors import CheckpointError
+from resect.files import temporary_folder
 from resect.surroundings import unaffected
 
 
@@ -27,8 +27,8 @@ def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | No
     is more than rounding.
     """
     tokens = random_tokens(model) if tokens is None else tokens
-    with tempfile.TemporaryDirectory(prefix="resect-verify-") as folder:
-        found = _reloaded_logits(Path(directory).resolve(), tokens, Path(folder))
+    with temporary_folder(f"to verify {directory}") as folder:
+        found = _reloaded_logits(Path(directory).resolve(), tokens, folder)
     difference = relative_difference(found, logits_of(model, tokens).cpu())
     if not difference <= tolerance(model.dtype):
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from resect.cli.answer import answering
-from resect.cli.words import given, nested, numbers, shares, version_of_resect, write_text
+from resect.cli.words import given, nested, numbers, shares, version_of_resect
 
 app = typer.Typer(
     name="resect",
@@ -53,13 +53,17 @@ def inspect(model: Model, dot: Dot = None, json: Json = False, trust_remote_code
     with answering(as_json=json) as answer:
         answer.announce(f"trace {model}, no weights are read")
         from resect.checkpoint import skeleton
+        from resect.files import check_file, whole_file
         from resect.graph import trace
-        from resect.report import inspection, inspection_dot, inspection_tables
+        from resect.report import inspection, inspection_dot, inspection_tables, is_picture
 
+        if dot:
+            check_file(dot, overwrite=True, alike=is_picture, inputs=[model])
         network = skeleton(model, trust_remote_code=trust_remote_code)
         found = inspection(trace(network), model=model, architecture=type(network).__name__)
         if dot:
-            write_text(dot, inspection_dot(found))
+            with whole_file(dot, overwrite=True, alike=is_picture, inputs=[model]) as partial:
+                partial.write_text(inspection_dot(found), encoding="utf-8")
         answer.give(found.to_json(), inspection_tables(found))
 
 

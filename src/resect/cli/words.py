@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from resect.errors import UsageError
@@ -41,14 +40,6 @@ def shares(text: str, *, flag: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{flag} {text!r} was given; it is one number or several: 0.25,0.5.") from None
-
-
-def write_text(file: str, text: str) -> None:
-    """A text file; one that cannot be written is a `UsageError`."""
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise UsageError(f"{file} cannot be written: {problem.strerror}.") from None
 
 
 def version_of_resect() -> str:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from resect.checkpoint import check_directory, load, load_tokenizer, whole_directory
+from resect.checkpoint import load, load_tokenizer
 from resect.checkpoint.card import About, front_matter, tidy
-from resect.checkpoint.directory import check_file, whole_file
-from resect.errors import CheckpointError, ModelError, UsageError, nearest
+from resect.errors import CheckpointError, ModelError, ResectError, UsageError, nearest
 from resect.export import gguf_file, hf, onnx_graph, padded, torch_program
 from resect.export.formats import Asked, Format, quantisation, require
 from resect.export.hub import push
 from resect.export.verification import Verification, verify_artefact
+from resect.files import begins, claimed_directory, claimed_file, whole_directory, whole_file
 from resect.surroundings import unaffected
 
 FORMATS: Mapping[str, Format] = {
@@ -85,11 +85,38 @@ def export(
             "Or accept it unchecked: --no-verify, verify=False.",
         )
     chosen = quantisation(form, quantize)
-    _check_place(form, output, overwrite)
-    asked = _asked(model, tokenizer, chosen, dtype, trust_remote_code, announce)
-    form.check(asked)
+    inputs = [model if isinstance(model, str | Path) else getattr(model, "name_or_path", None)]
+    with _claimed(form, output, overwrite, inputs) as target:
+        asked = _asked(model, tokenizer, chosen, dtype, trust_remote_code, announce)
+        form.check(asked)
+        facts, verification = _written(form, asked, target, overwrite=overwrite, verify=verify, announce=announce)
+    pushed = None
+    if push_to_hub:
+        announce(f"push to {push_to_hub}")
+        pushed = push(target, push_to_hub, card=_card(asked, form, target.name), private=private)
+    name = str(model) if isinstance(model, str | Path) else type(model).__name__
+    return Exported(name, form.name, str(target), chosen, _bytes(target), facts, verification, pushed)
+
+
+@contextmanager
+def _claimed(form: Format, output: str | Path, overwrite: bool, inputs: list[Any]) -> Iterator[Path]:
+    """The place of what will be written, for this process alone."""
+    if not form.suffix:
+        with claimed_directory(output, overwrite=overwrite, inputs=inputs) as target:
+            yield target
+        return
+    if Path(output).suffix != form.suffix:
+        raise UsageError(f"Asked to write {form.name} to {output}; it is one file. Name one that ends in {form.suffix}.")
+    with claimed_file(output, overwrite=overwrite, alike=begins(form.magic), inputs=inputs) as target:
+        yield target
+
+
+def _written(
+    form: Format, asked: Asked, target: Path, *, overwrite: bool, verify: bool, announce: Callable[[str], None]
+) -> tuple[dict[str, Any], Verification | None]:
+    """Writes the artefact, and has it read back; facts about it, and what its reader said."""
     said: dict[str, Any] = {}
-    target, verification = Path(output).expanduser().resolve(), None
+    verification = None
     with _placed(form, target, overwrite) as partial:
         announce(f"write {form.name}")
         facts = form.write(asked, partial)
@@ -108,27 +135,13 @@ def export(
             )
         if not form.suffix and not (partial / "README.md").exists():
             (partial / "README.md").write_text(_card(asked, form, target.name), encoding="utf-8")
-    pushed = None
-    if push_to_hub:
-        announce(f"push to {push_to_hub}")
-        pushed = push(target, push_to_hub, card=_card(asked, form, target.name), private=private)
-    name = str(model) if isinstance(model, str | Path) else type(model).__name__
-    return Exported(name, form.name, str(target), chosen, _bytes(target), {**facts, **said}, verification, pushed)
+    return {**facts, **said}, verification
 
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
         raise UsageError(f"Asked for the format {name!r}. {nearest(name, FORMATS)}")
     return FORMATS[name]
-
-
-def _check_place(form: Format, output: str | Path, overwrite: bool) -> None:
-    if not form.suffix:
-        check_directory(output, overwrite=overwrite)
-    elif Path(output).suffix != form.suffix:
-        raise UsageError(f"Asked to write {form.name} to {output}; it is one file. Name one that ends in {form.suffix}.")
-    else:
-        check_file(output, overwrite=overwrite)
 
 
 def _asked(
@@ -156,20 +169,19 @@ def _asked(
 @contextmanager
 def _placed(form: Format, target: Path, overwrite: bool) -> Iterator[Path]:
     """Where to write, renamed when whole; errors speak of the name that was asked for."""
-    partial = target
-    try:
-        if form.suffix:
-            with whole_file(target, overwrite=overwrite) as partial:
-                yield partial
-            return
-        with whole_directory(target, overwrite=overwrite) as folder:
-            partial = folder / "artefact"
+    if form.suffix:
+        with whole_file(target, overwrite=overwrite, alike=begins(form.magic)) as partial:
             yield partial
-            for entry in partial.iterdir():
-                entry.rename(folder / entry.name)
-            partial.rmdir()
-    except CheckpointError as problem:
-        raise CheckpointError(str(problem).replace(str(partial), str(target))) from problem
+        return
+    with whole_directory(target, overwrite=overwrite) as folder:
+        partial = folder / "artefact"
+        try:
+            yield partial
+        except ResectError as problem:
+            raise type(problem)(str(problem).replace(str(partial), str(target))) from problem
+        for entry in partial.iterdir():
+            entry.rename(folder / entry.name)
+        partial.rmdir()
 
 
 def _card(asked: Asked, form: Format, name: str) -> str:

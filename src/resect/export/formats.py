@@ -61,6 +61,8 @@ class Format:
     """Packages that write it, by the module that shows that they are there."""
     readers: Mapping[str, str] = field(default_factory=dict)
     """Packages that read it back."""
+    magic: bytes = b""
+    """What a single file begins with."""
     extra: str = ""
     """The extra of this package that brings them."""
 

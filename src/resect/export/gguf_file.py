@@ -219,6 +219,7 @@ FORMAT = Format(
     name="gguf",
     consumer="llama.cpp",
     suffix=".gguf",
+    magic=b"GGUF",
     quantisations=tuple(TYPES),
     write=write,
     check=check,

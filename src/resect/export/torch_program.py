@@ -44,6 +44,7 @@ FORMAT = Format(
     name="pt2",
     consumer="torch",
     suffix=".pt2",
+    magic=b"PK",  # a zip archive
     quantisations=("none",),
     write=write,
     check=lambda asked: None,

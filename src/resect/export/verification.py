@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from resect.environment import python
 from resect.errors import CheckpointError
 from resect.evaluation import evaluating
 from resect.export.formats import Limits
+from resect.files import temporary_folder
 
 SLACK = 4
 LENGTHS = (1, 7, 24)
@@ -80,7 +80,7 @@ def verify_artefact(
     its matrix products does to it besides: models differ in how much they make of that, badly pruned ones most.
     """
     prompts = some_prompts(model, context, shortest)
-    with tempfile.TemporaryDirectory(prefix="resect-export-") as folder:
+    with temporary_folder("to read the result back") as folder:
         answers, found = _ask(consumer, path, prompts, TEXTS if tokenizer is not None else (), Path(folder))
     difference, divergence, cost, agreed, positions = 0.0, 0.0, 0.0, 0, 0
     moved, drift = 0.0, 0.0

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from resect.checkpoint import Progress
 from resect.errors import OtherMachine, UsageError
 from resect.evaluation import DECODED, LatencyTable, entry_bytes, latencies, latency_table, paired_ratio
+from resect.files.progress import Progress
 from resect.graph import Graph
 from resect.methods.method import Method
 from resect.plan import Budget, Cost, Plan, Workload, bytes_cost, cost_of, macs_cost

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from resect.checkpoint import Progress
+from resect.files.progress import Progress
 from resect.graph import Graph
 from resect.methods.method import Method, Shot, Units
 from resect.plan import Cost, Plan, keep_all, select, select_share, spent_first

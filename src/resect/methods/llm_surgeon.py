@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from resect.checkpoint import Progress
 from resect.errors import FewPositions, UsageError
+from resect.files.progress import SUPERSEDED, Progress
 from resect.graph import Graph, Group
 from resect.methods.compensation import Compensation, compensate
 from resect.methods.method import Method, Shot, Units
@@ -233,13 +233,13 @@ class LLMSurgeon(Method):
     ) -> None:
         """Updates the weights that stay for what a shot (none: the last one) removed, or reads what was noted of it."""
         shot = shot or self.shots
-        if not self.updates or progress.noted(f"shot-{shot}/superseded"):
+        if not self.updates or progress.noted(f"shot-{shot}/{SUPERSEDED}"):
             return
         losing = reading(model, graph, plan)
         layers = matrices(model, graph) if self.correction else [loss.layer for loss in losing]
         if progress.noted(f"shot-{shot}/made-up"):
             for layer in layers:
-                layer.write((progress.get(f"shot-{shot}/weights/{layer.path}") or {})["matrix"])
+                layer.write(progress.need(f"shot-{shot}/weights/{layer.path}")["matrix"])
         else:
             if self.compensation:
                 dense = self.compensation.inputs == "dense"
@@ -256,7 +256,7 @@ class LLMSurgeon(Method):
             progress.note(f"shot-{shot}/made-up")
         progress.drop(f"shot-{shot}/moments")
         if shot > 1:
-            progress.note(f"shot-{shot - 1}/superseded")
+            progress.note(f"shot-{shot - 1}/{SUPERSEDED}")
             progress.drop(f"shot-{shot - 1}/weights")
 
     def _scores(
@@ -367,9 +367,7 @@ def _read(model: nn.Module, graph: Graph, kinds: Sequence[str]) -> list[Group]:
 
 
 def _moments(progress: Progress, shot: int, path: str) -> Moments:
-    found = progress.get(f"shot-{shot}/moments/{path}")
-    assert found is not None
-    return Moments.of(found)
+    return Moments.of(progress.need(f"shot-{shot}/moments/{path}"))
 
 
 def _warn(thin: dict[str, tuple[int, int]]) -> None:

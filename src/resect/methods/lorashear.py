@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from resect.checkpoint import Progress
 from resect.errors import UsageError
+from resect.files.progress import Progress
 from resect.graph import Graph, Group, retrace
 from resect.methods.knowledge import RATIOS, analyze
 from resect.methods.method import Method, Shot, Units
@@ -262,8 +262,8 @@ def _resumed(progress: Progress, fading: Fading, steps: Steps, plans: list[Plan]
     if noted is None:
         return 0, plans
     plans = [Plan.from_json(text) for text in noted["plans"]]
-    steps.restore(progress.get(f"state-{noted['step']}/steps") or {}, losses=noted["losses"])
+    steps.restore(progress.need(f"state-{noted['step']}/steps"), losses=noted["losses"])
     if len(plans) > 1:
         fading.begin(_lost(plans[-1], plans[-2]))
-    fading.zero(progress.get(f"state-{noted['step']}/zeros") or {})
+    fading.zero(progress.need(f"state-{noted['step']}/zeros"))
     return noted["step"], plans

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from resect.checkpoint import Progress
+from resect.files.progress import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
 from resect.plan import Cost, Pattern, Plan

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate
-from resect.checkpoint import Progress, cut_tokenizer, expressible_kinds
+from resect.checkpoint import cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
 from resect.evaluation import LatencyTable
 from resect.explain import explain
+from resect.files import temporary_folder
+from resect.files.progress import Progress, digest
 from resect.graph import VOCABULARY, Graph, trace
 from resect.methods.budget import Spending, check_budget, settled, spending
 from resect.methods.llm_pruner import LLMPruner
@@ -267,11 +267,7 @@ def _windows(tokens: Tensor) -> Data:
 
 def _fingerprint(values: Any) -> str:
     """A number that tells batches, or weights, apart."""
-    digest = hashlib.sha256()
-    for tensor in tree_leaves(values):
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 @contextmanager
@@ -280,7 +276,7 @@ def _noted(directory: str | Path | None, asked: Any, resume: bool) -> Iterator[P
     if directory is not None:
         yield Progress(directory, asked, resume=resume)
         return
-    with TemporaryDirectory() as temporary:
+    with temporary_folder("for what a method notes") as temporary:
         yield Progress(temporary, asked)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resect.checkpoint import Progress
 from resect.errors import UsageError
+from resect.files.progress import Progress
 from resect.graph import Graph
 from resect.plan import Lines, Matrix, Pattern, lowest, rows_and_columns
 from resect.recovery import Correction, correct
@@ -128,8 +128,7 @@ def impose(
                 progress.drop(done)
         else:
             for layer in layers:
-                stored = progress.get(f"shot-{shot}/layers/{layer.path}")
-                assert stored is not None
+                stored = progress.need(f"shot-{shot}/layers/{layer.path}")
                 layer.write(stored.pop("matrix"))
                 stays[layer.path] = Stays(**stored)
         yield shot, Pattern(kind=asked.kind, layers={layer.path: _matrix(stays[layer.path], asked) for layer in layers})
@@ -251,12 +250,12 @@ def _elements(
     key = "groups" if asked.neighbours else "elements"
 
     def stored() -> Iterator[Tensor]:
-        return ((progress.get(name) or {})[key] for name in names)
+        return (progress.need(name)[key] for name in names)
 
     count = _groups(layers, *asked.neighbours) * shot // asked.shots if asked.neighbours else remove
     common, size = None if asked.alike else lowest(stored, count), sum(layer.rows * layer.inner_columns for layer in layers)
     for layer, name in zip(tqdm(layers, desc=f"updates, shot {shot}", leave=False, delay=2), names, strict=True):
-        found = progress.get(name) or {}
+        found = progress.need(name)
         own = count * layer.rows * layer.inner_columns // size
         gone = found[key] <= (_lowest_of(found[key], own) if common is None else common)
         if asked.neighbours:
@@ -286,8 +285,7 @@ def _part(
     layer: Layer, rows: Tensor, columns: Tensor, asked: Sparsity, shot: int, progress: Progress
 ) -> tuple[Tensor, Curvature]:
     """A matrix and its curvature, cut to some rows and columns."""
-    stored = progress.get(f"shot-{shot}/moments/{layer.path}")
-    assert stored is not None
+    stored = progress.need(f"shot-{shot}/moments/{layer.path}")
     found = Moments.of(stored).part(rows, columns)
     curvature = found.curvature(layer.path, damping=asked.damping, damping_gradients=asked.damping_gradients)
     return layer.matrix()[rows][:, columns], curvature

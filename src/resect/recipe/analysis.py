@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from resect.checkpoint import check_directory, load, load_tokenizer, whole_directory
+from resect.checkpoint import load, load_tokenizer
+from resect.files import claimed_directory, whole_directory
 from resect.methods import Knowledge, analyze
 from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS, check_analysis
 from resect.recipe.measure import Announce, device_of, dtype_of
@@ -38,28 +39,28 @@ def analysis(
     whole or not there. Raises `UsageError`, `DataError`, `ModelError`, `NumericsError` or `CheckpointError`.
     """
     check_analysis(kinds=kinds, ratios=ratios, gamma=gamma, units=units, window=window, limit=limit, seed=seed)
-    directory = check_directory(output, overwrite=overwrite)
-    announce(f"load {name}")
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    model = load(name, dtype=dtype_of(dtype), device=device_of(device), trust_remote_code=trust_remote_code)
-    announce(f"remove a part of every group alone, {units}")
-    found = analyze(
-        model,
-        tokenizer,
-        text=text,
-        kinds=kinds,
-        ratios=ratios,
-        gamma=gamma,
-        units=units,
-        window=window,
-        limit=limit,
-        seed=seed,
-        name=name,
-    )
-    with whole_directory(directory, overwrite=overwrite) as partial:
-        (partial / "analysis.json").write_text(found.to_json(), encoding="utf-8")
-        (partial / "analysis.md").write_text(knowledge_markdown(found), encoding="utf-8")
-        (partial / "analysis.html").write_text(knowledge_html(found), encoding="utf-8")
-        (partial / "analysis.png").write_bytes(knowledge_png(found))
+    with claimed_directory(output, overwrite=overwrite, inputs=[name, text]) as directory:
+        announce(f"load {name}")
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = load(name, dtype=dtype_of(dtype), device=device_of(device), trust_remote_code=trust_remote_code)
+        announce(f"remove a part of every group alone, {units}")
+        found = analyze(
+            model,
+            tokenizer,
+            text=text,
+            kinds=kinds,
+            ratios=ratios,
+            gamma=gamma,
+            units=units,
+            window=window,
+            limit=limit,
+            seed=seed,
+            name=name,
+        )
+        with whole_directory(directory, overwrite=overwrite) as partial:
+            (partial / "analysis.json").write_text(found.to_json(), encoding="utf-8")
+            (partial / "analysis.md").write_text(knowledge_markdown(found), encoding="utf-8")
+            (partial / "analysis.html").write_text(knowledge_html(found), encoding="utf-8")
+            (partial / "analysis.png").write_bytes(knowledge_png(found))
     announce(f"done: {directory}")
     return found

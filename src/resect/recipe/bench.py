@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from resect.checkpoint import check_directory, load, whole_directory
+from resect.checkpoint import load
 from resect.errors import UsageError
 from resect.evaluation import Latency, LatencyTable, Spread, entry_bytes, latencies, latency_table, paired_ratio, parameter_count
+from resect.files import claimed_directory, whole_directory
 from resect.graph import Graph, trace
 from resect.plan import PHASES, Workload, macs_of
 from resect.ranges import whole
@@ -47,52 +49,53 @@ def bench(
     Raises `UsageError`, `ModelError` or `CheckpointError`.
     """
     names = list(dict.fromkeys(names))
-    directory = check_directory(output, overwrite=overwrite) if output is not None else None
-    if table and directory is None:
+    if table and output is None:
         raise UsageError("A latency table was asked for. Say where it goes: -o DIR.")
     if not names or not batches or not lengths:
         raise UsageError("There is nothing to time. Name a model, a batch and a length.")
     for place, counts in {"batches": batches, "lengths": lengths, "decode": [decode], "repeats": [repeats]}.items():
         for count in counts:
             whole(place, count)
-    stages, where = Stages(announce), device_of(device)
-    models: dict[str, PreTrainedModel] = {}
-    graphs: dict[str, Graph] = {}
-    for name in names:
-        with stages("load", f"load {name}"):
-            models[name] = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
-        with stages("trace", f"trace {name}"):
-            graphs[name] = trace(models[name])
-    benched = {name: described(name, models[name], graphs[name]) for name in names}
-    rows: list[BenchRow] = []
-    for batch in batches:
-        for length in lengths:
-            with stages(f"latency {batch}x{length}", f"{batch} x {length} tokens and {decode} more, in turns"):
-                found = latencies(models, prompt=length, decode=decode, repeats=repeats, batch=batch, compile=compile)
-            rows += bench_rows(found, benched, graphs)
-    tables = {}
-    if table:
-        for phase in PHASES:
-            work = Workload(phase, batches[0], lengths[0])
-            with stages(f"table {work}", f"what widths cost, {work}"):
-                tables[f"{phase}.json"] = latency_table(models[names[0]], graphs[names[0]], work, machine=machine())
-    report = BenchReport(
-        models=list(benched.values()),
-        rows=rows,
-        decode=decode,
-        repeats=repeats,
-        compiled=compile,
-        device=where.type,
-        dtype=dtype,
-        tables=[str(directory / name) for name in tables] if directory else [],
-        seconds=stages.seconds,
-        versions=versions(),
-        machine=machine(),
-    )
-    if directory is not None:
-        _write(directory, report, tables, overwrite=overwrite)
-        (announce or _quietly)(f"done: {directory}")
-    return report
+    claim = nullcontext() if output is None else claimed_directory(output, overwrite=overwrite, inputs=names)
+    with claim as directory:
+        stages, where = Stages(announce), device_of(device)
+        models: dict[str, PreTrainedModel] = {}
+        graphs: dict[str, Graph] = {}
+        for name in names:
+            with stages("load", f"load {name}"):
+                models[name] = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
+            with stages("trace", f"trace {name}"):
+                graphs[name] = trace(models[name])
+        benched = {name: described(name, models[name], graphs[name]) for name in names}
+        rows: list[BenchRow] = []
+        for batch in batches:
+            for length in lengths:
+                with stages(f"latency {batch}x{length}", f"{batch} x {length} tokens and {decode} more, in turns"):
+                    found = latencies(models, prompt=length, decode=decode, repeats=repeats, batch=batch, compile=compile)
+                rows += bench_rows(found, benched, graphs)
+        tables = {}
+        if table:
+            for phase in PHASES:
+                work = Workload(phase, batches[0], lengths[0])
+                with stages(f"table {work}", f"what widths cost, {work}"):
+                    tables[f"{phase}.json"] = latency_table(models[names[0]], graphs[names[0]], work, machine=machine())
+        report = BenchReport(
+            models=list(benched.values()),
+            rows=rows,
+            decode=decode,
+            repeats=repeats,
+            compiled=compile,
+            device=where.type,
+            dtype=dtype,
+            tables=[str(directory / name) for name in tables] if directory else [],
+            seconds=stages.seconds,
+            versions=versions(),
+            machine=machine(),
+        )
+        if directory is not None:
+            _write(directory, report, tables, overwrite=overwrite)
+            (announce or _quietly)(f"done: {directory}")
+        return report
 
 
 def described(name: str, model: PreTrainedModel, graph: Graph, *, file_bytes: int | None = None) -> Benched:

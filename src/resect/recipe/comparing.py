@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from resect.errors import DataError, UsageError
-from resect.report import Comparison, EvaluationReport, RunReport, comparison, comparison_html
+from resect.files import check_file, whole_file
+from resect.report import Comparison, EvaluationReport, RunReport, comparison, comparison_html, is_page
 
 READ: dict[str, type[RunReport] | type[EvaluationReport]] = {"run": RunReport, "evaluation": EvaluationReport}
 
@@ -19,16 +20,16 @@ def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison
     """Puts runs side by side: run directories, their `report.json`, or what `resect evaluate --json` printed.
 
     `output` gets a page with the figures and what quality costs in size. Raises `UsageError` for runs that were measured
-    differently, `DataError` for reports that cannot be read.
+    differently, `DataError` for reports that cannot be read, `CheckpointError` for an `output` that is anything but such a page.
     """
+    if output is not None:
+        check_file(output, overwrite=True, alike=is_page, inputs=runs)
     if len(set(runs)) < len(runs):
         raise UsageError("A run was named twice. Name each once.")
     found = comparison({_short(run, runs): _read(run) for run in runs})
     if output is not None:
-        try:
-            Path(output).expanduser().write_text(comparison_html(found), encoding="utf-8")
-        except OSError as problem:
-            raise UsageError(f"{output} cannot be written: {problem.strerror}.") from None
+        with whole_file(output, overwrite=True, alike=is_page, inputs=runs) as partial:
+            partial.write_text(comparison_html(found), encoding="utf-8")
     return found
 
 

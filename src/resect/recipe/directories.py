@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from resect.checkpoint import Saved, whole_directory
-from resect.errors import CheckpointError, UsageError
+from resect.checkpoint import Saved
+from resect.errors import UsageError
+from resect.files import beside
+from resect.files.outputs import remove
+from resect.files.progress import CLAIM, is_progress
 
 
 def facts(saved: Saved, directory: Path) -> dict[str, Any]:
@@ -25,26 +27,15 @@ def fill(directory: Path, files: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def placed(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill, renamed when whole; errors speak of the name that was asked for."""
-    partial = directory
-    try:
-        with whole_directory(directory, overwrite=overwrite) as partial:
-            yield partial
-    except CheckpointError as problem:
-        said = str(problem).replace(str(partial), str(directory))
-        raise CheckpointError(said) from problem
-
-
-@contextmanager
 def resumable(progress: Path) -> Iterator[None]:
     """Adds to whatever stops the block where it can go on."""
     try:
         yield
     except BaseException as problem:
-        if progress.exists() and [file.name for file in progress.iterdir()] == ["asked.json"]:
-            shutil.rmtree(progress)
-        elif progress.exists():
+        holds = [file.name for file in progress.iterdir()] if progress.is_dir() else []
+        if holds == [CLAIM]:
+            remove(progress)
+        elif holds:
             problem.add_note(f"What is done is noted in {progress}: run the same again with --resume (resume=True) to go on.")
         raise
 
@@ -61,11 +52,18 @@ def noting(note: str) -> Iterator[None]:
 
 
 def progress_of(directory: Path, *, resume: bool, overwrite: bool) -> Path:
-    """Where a run notes what is done; `UsageError` where there is nothing to resume, or something to be lost."""
-    progress = directory.with_name(f"{directory.name}.progress")
-    if resume and not progress.exists():
-        raise UsageError(f"Nothing to resume: there is no {progress}. Run without resume.")
-    if progress.exists() and not (resume or overwrite):
+    """Where a run notes what is done; `UsageError` where something else is there, or something would be lost.
+
+    With `resume` there need not be any: a run that is always started so begins when it is started first.
+    """
+    progress = beside(directory, "{}.progress")
+    if not progress.exists():
+        return progress
+    if not is_progress(progress):
+        raise UsageError(
+            f"{progress} is where the run notes what is done, and holds something else. Move it away, or name another directory."
+        )
+    if not (resume or overwrite):
         raise UsageError(
             f"{progress} holds what an earlier run has done. Go on with it (--resume, resume=True), or begin anew (--overwrite)."
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,15 +15,17 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from transformers import PreTrainedModel
 
-from resect.checkpoint import check_directory, load, load_tokenizer, save, verify
+from resect.checkpoint import load, load_tokenizer, save, verify
 from resect.checkpoint.card import About
 from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
 from resect.environment import processes
 from resect.errors import CheckpointError, UsageError
 from resect.explain import explain
+from resect.files import beside, claimed_directory, whole_directory
+from resect.files.outputs import located, remove
 from resect.plan import Pattern
-from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
+from resect.recipe.directories import facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import check_trust, laid_over, read_values
 from resect.recipe.schema import Recipe, RecoverySection, RecoverySettings, Section, Seed, _several, overlaid
@@ -101,21 +103,34 @@ def run_recovery(
     if not recipe.output:
         raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
     main = processes().main
-    directory = check_directory(recipe.output, overwrite=overwrite) if main else Path(recipe.output).expanduser().resolve()
-    progress = directory.with_name(f"{directory.name}.progress")
-    if main:
-        progress_of(directory, resume=resume, overwrite=overwrite)
-    if "tensorboard" in recipe.settings.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory.with_name(f"{directory.name}.logs")))
     stages = Stages(announce if main else None)
-    with resumable(progress), noting(f"Nothing was written to {directory}."):
+    with (
+        _places(recipe, main, resume=resume, overwrite=overwrite) as (directory, progress),
+        resumable(progress),
+        noting(f"Nothing was written to {directory}."),
+    ):
+        if "tensorboard" in recipe.settings.report_to:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory.with_name(f"{directory.name}.logs")))
         found, pattern = _recovered(recipe, progress, resume=resume, stages=stages)
         report = recovery_report(recipe.model_dump(mode="json"), found.facts)
         report.zeros_kept = _check_zeros(found.model, pattern)
         if main:
             _save(recipe, found, report, pattern=pattern, directory=directory, overwrite=overwrite, stages=stages)
-            shutil.rmtree(progress, ignore_errors=True)
+            remove(progress)
     return RecoveryResult(directory, report, found.model, main)
+
+
+@contextmanager
+def _places(recipe: RecoveryRecipe, main: bool, *, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """The directory to write and where states are noted; of several processes, the main one claims and checks both."""
+    assert recipe.output
+    if not main:
+        directory = located(recipe.output)
+        yield directory, beside(directory, "{}.progress")
+        return
+    inputs = [recipe.model, recipe.teacher, *recipe.data]
+    with claimed_directory(recipe.output, overwrite=overwrite, inputs=inputs) as directory:
+        yield directory, progress_of(directory, resume=resume, overwrite=overwrite)
 
 
 def _recovered(
@@ -222,7 +237,7 @@ def _save(
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     made = About.of(place)
     about = About(made.recipe or {"model": recipe.model}, {"calibration": made.report.get("calibration")}, recovery_card(report))
-    with placed(directory, overwrite) as partial:
+    with whole_directory(directory, overwrite=overwrite) as partial:
         with stages("save", f"save to {directory}"):
             saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra, about=about)
             if found.adapter is not None:

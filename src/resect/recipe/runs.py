@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from resect.calibration import HeldOut
-from resect.checkpoint import Saved, check_directory, load, load_tokenizer, save, verify, whole_directory
+from resect.checkpoint import Saved, load, load_tokenizer, save, verify
 from resect.checkpoint.card import About, card
 from resect.checkpoint.load import find
 from resect.environment import processes, tell_precision
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
+from resect.files import claimed_directory, whole_directory, write_text
+from resect.files.outputs import remove
 from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
 from resect.plan import Plan
-from resect.recipe.directories import facts, fill, noting, placed, progress_of, resumable
+from resect.recipe.directories import facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import (
     Announce,
     Observed,
@@ -84,12 +84,14 @@ def run(
             "torchrun; `resect recover` trains in several."
         )
     tell_precision()
-    directory = _directory(recipe, overwrite)
-    progress = progress_of(directory, resume=resume, overwrite=overwrite)
-    with resumable(progress), noting(f"Nothing was written to {directory}."):
-        return _run(
-            recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)
-        )
+    if not recipe.output:
+        raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
+    with claimed_directory(recipe.output, overwrite=overwrite, inputs=_inputs(recipe)) as directory:
+        progress = progress_of(directory, resume=resume, overwrite=overwrite)
+        with resumable(progress), noting(f"Nothing was written to {directory}."):
+            return _run(
+                recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)
+            )
 
 
 def _run(
@@ -124,10 +126,10 @@ def _run(
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _decided(result)
         _write_plan(directory, files, overwrite=overwrite)
         if not resume:
-            shutil.rmtree(progress, ignore_errors=True)
+            remove(progress)
         return RunResult(directory, result.plan, report, model)
     saved = _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
-    shutil.rmtree(progress, ignore_errors=True)
+    remove(progress)
     with noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)
@@ -137,10 +139,14 @@ def _run(
     return RunResult(directory, result.plan, report, model)
 
 
-def _directory(recipe: Recipe, overwrite: bool) -> Path:
-    if not recipe.output:
-        raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
-    return check_directory(recipe.output, overwrite=overwrite)
+def _inputs(recipe: Recipe) -> list[str | None]:
+    """Everything that a run reads, by name."""
+    evaluation, recovery = recipe.evaluation, recipe.recovery
+    texts = [*(recipe.calibration.source or ()), *evaluation.texts, *evaluation.tasks, *recipe.protect]
+    texts += recipe.vocabulary.source if recipe.vocabulary else ()
+    texts += recovery.data if recovery else ()
+    teacher = recovery.teacher if recovery else None
+    return [recipe.model, evaluation.reference, recipe.latency_table, teacher, *texts]
 
 
 def _load(recipe: Recipe, stages: Stages) -> tuple[PreTrainedModel, Any]:
@@ -243,7 +249,7 @@ def _save(
 ) -> Saved:
     """Writes the whole run directory, which gets its name only when a fresh process gave the model's logits."""
     assert isinstance(result.model, PreTrainedModel)
-    with placed(directory, overwrite) as partial:
+    with whole_directory(directory, overwrite=overwrite) as partial:
         with stages("save", f"save to {directory}"):
             saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_decided(result))
         with stages("verify", "verify in a fresh process"):
@@ -314,16 +320,9 @@ def _write_plan(directory: Path, files: Mapping[str, str], *, overwrite: bool) -
 def _replace(directory: Path, files: Mapping[str, str]) -> None:
     """Puts new files in the place of old ones, each of them whole at any time."""
     for name, text in files.items():
-        partial = directory / f".{name}.partial"
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, directory / name)
+            write_text(directory / name, text)
         except OSError as problem:
             raise CheckpointError(
                 f"Asked to complete {directory / name}; {problem}. Free some space and evaluate the model again."
             ) from problem
-        finally:
-            partial.unlink(missing_ok=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resect.environment import processes, recipe_decides, tell_precision
-from resect.errors import ResectWarning, UsageError
+from resect.errors import CheckpointError, DamagedProgress, ResectWarning, UsageError
+from resect.files import temporary_folder
+from resect.files.progress import claim, damaged_message, digest, noting_progress
 from resect.ranges import seed_of
 from resect.recovery.adapter import Adapter, adapter_of, attach
 from resect.recovery.examples import Example, Pool, read_pool
@@ -29,7 +28,7 @@ from resect.recovery.heldout import overall
 from resect.recovery.mixture import Supply, rounds, shares
 from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
-from resect.recovery.training import Say, Training
+from resect.recovery.training import Say, Training, damaged_trainings
 from resect.statistics import tell_emulated
 from resect.surroundings import unaffected
 
@@ -86,13 +85,14 @@ def recover(
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(recipe_decides(bf16=settings.bf16))
         folder = _folder(progress, stack)
-        _claim(folder, settings, pools, seed, model, resume=resume)
+        resumes = _claim(folder, settings, pools, seed, model, teacher, resume=resume)
         trained = _trained_part(model, settings, keep_zeros, seed, stack)
         training = Training(
             model=trained,
             held_out={source: pool.held_out for source, pool in pools.items()},
             settings=settings,
             folder=folder,
+            resumes=resumes,
             teacher=teacher,
             padding=tokenizer.pad_token_id or 0,
             seed=seed,
@@ -197,43 +197,50 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 def _folder(progress: str | Path | None, stack: ExitStack) -> Path:
     if progress is not None:
         return Path(progress).expanduser().resolve()
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resect-recover-")))
+    return stack.enter_context(temporary_folder("for the states of a recovery"))
 
 
 def _claim(
-    folder: Path, settings: Recovery, pools: Mapping[str, Pool], seed: int, model: PreTrainedModel, *, resume: bool
-) -> None:
-    """Notes in the folder what is asked for; refuses to go on with what was begun for something else."""
+    folder: Path,
+    settings: Recovery,
+    pools: Mapping[str, Pool],
+    seed: int,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    *,
+    resume: bool,
+) -> bool:
+    """Notes in the folder what is asked for; whether it was begun for that, and is gone on with.
+
+    Refuses to go on with what was begun for something else: for other weights, too, or another teacher's.
+    """
     asked = {
         "settings": settings.model_dump(mode="json", exclude={"learning_rate", "report_to", "micro_batch"}),
         "sources": list(pools),
-        "data": _digest(pools),
+        "data": digest(_tensors(pools)),
         "seed": seed,
-        "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "weights": digest(model.state_dict()),
+        "teacher": None if teacher is None else digest(teacher.state_dict()),
     }
-    described, note = json.dumps(asked, sort_keys=True), folder / "asked.json"
-    if resume and note.exists():
-        if note.read_text(encoding="utf-8") != described:
-            raise UsageError(
-                f"{folder} holds the progress of a recovery that was asked for something else. Resume with the same model, data, "
-                "settings and seed (the learning rate may change), or begin anew without resume."
-            )
-        return
-    if processes().main:
-        if folder.exists() and any(folder.iterdir()) and not note.exists():
-            raise UsageError(f"{folder} holds something else than the progress of a recovery. Name another directory.")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(described, encoding="utf-8")
+    described = json.dumps(asked, sort_keys=True)
+    if not processes().main:
+        return resume
+    with noting_progress(folder):
+        resumes = claim(folder, described, resume=resume)
+        damaged = damaged_trainings(folder) if resumes else []
+        if not damaged:
+            return resumes
+        if processes().count > 1:  # the others are reading there already
+            raise CheckpointError(f"{folder}: {damaged[0]} was damaged since it was noted. Begin anew, without resume.")
+        warnings.warn(DamagedProgress(damaged_message(folder, damaged)), stacklevel=3)
+        return claim(folder, described, resume=False)
 
 
-def _digest(pools: Mapping[str, Pool]) -> str:
-    """The sha256 of all tokens and labels, in the order of training and measuring."""
-    found = hashlib.sha256()
+def _tensors(pools: Mapping[str, Pool]) -> Iterator[Tensor]:
+    """All tokens and labels, in the order of training and measuring."""
     for pool in pools.values():
         for example in [*pool.train, *pool.held_out]:
-            found.update(torch.stack([example.tokens, example.labels]).numpy().tobytes())
-    return found.hexdigest()
+            yield torch.stack([example.tokens, example.labels])
 
 
 def _measured_before(model: PreTrainedModel, training: Training, pools: Mapping[str, Pool]) -> Facts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +16,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from resect.environment import processes
-from resect.errors import NumericsError, UsageError
+from resect.errors import CheckpointError, DamagedProgress, NumericsError, UsageError
+from resect.files import read_json
+from resect.files.progress import (
+    damaged_message,
+    digest_of_file,
+    noting_progress,
+    read_note,
+    read_tensors,
+    write_note,
+    write_tensors,
+)
+from resect.files.writing import flush_file
 from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats, Trained
 from resect.recovery.heldout import held_out_nats, overall
@@ -33,6 +44,8 @@ from resect.statistics import IGNORED, computing, token_losses
 Say = Callable[[str], None]
 WEIGHTS = "trained.safetensors"
 DONE = "done.json"
+DIGESTS = "digests.json"
+"""Names the files of a state; the last that is written to it."""
 POINTS = 200
 """Losses noted of a training, about."""
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -47,7 +60,9 @@ class Training:
     held_out: Mapping[str, Sequence[Example]]
     settings: Recovery
     folder: Path
-    """Where states are noted; a training that finds itself done there only reads its result."""
+    """Where states are noted."""
+    resumes: bool = False
+    """Whether what an earlier process noted there counts; a training that finds itself done only reads its result."""
     teacher: PreTrainedModel | None = None
     padding: int = 0
     seed: int = 42
@@ -72,9 +87,9 @@ class Training:
         """
         folder = self.folder / name
         result = folder / DONE
-        if result.exists():
+        if self.resumes and result.exists():
             read_trained(self.model, folder / WEIGHTS)
-            return Trained.model_validate_json(result.read_text(encoding="utf-8"))
+            return Trained.model_validate(read_note(result))
         start = time.perf_counter()
         steps = len(examples) // self.settings.batch
         in_all = in_all or steps
@@ -84,7 +99,8 @@ class Training:
         before = last_state(self.folder / after) if after else None
         trainer = _Trainer(self, examples, arguments, watch, before, done, in_all)
         try:
-            trainer.train(resume_from_checkpoint=last_state(folder))
+            with noting_progress(folder):
+                trainer.train(resume_from_checkpoint=last_state(folder) if self.resumes else None)
         finally:
             watch.close()
             logging.set_verbosity(verbosity)
@@ -92,10 +108,11 @@ class Training:
             vars(self.model).pop("forward", None)
         found = self._result(name, examples, trainer, time.perf_counter() - start)
         if trainer.is_world_process_zero():
-            write_trained(self.model, folder / WEIGHTS)
-            _write(result, found.model_dump_json())
-            if before:
-                shutil.rmtree(before)
+            with noting_progress(folder):
+                write_trained(self.model, folder / WEIGHTS)
+                write_note(result, found.model_dump(mode="json"))
+                if before:
+                    _remove(Path(before))
         return found
 
     def nats(self, model: nn.Module) -> Nats:
@@ -143,7 +160,6 @@ class Training:
                 eval_steps=every,
                 save_strategy="steps",
                 save_steps=every,
-                save_total_limit=2,  # at 1 the first process deletes a state that others may still be writing to
                 ddp_find_unused_parameters=False,
                 load_best_model_at_end=True,
                 metric_for_best_model="loss",
@@ -263,11 +279,19 @@ class _Trainer(Trainer):
         if self.args.should_save:  # every process gets here
             write_trained(self.asked.model, Path(str(output_dir)) / WEIGHTS)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir))
+        seal(folder / f"checkpoint-{self.state.global_step}", number=self.args.process_index)
+        if self.args.should_save:
+            remove_old_states(folder, best=self.state.best_global_step)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_trained(self.asked.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        read_trained(self.asked.model, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        read_trained(self.asked.model, best / WEIGHTS)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate over all trainings that share it; the optimizer goes on from the one before."""
@@ -353,38 +377,99 @@ def _checkpointing(asked: Recovery) -> dict[str, Any]:
 
 
 def last_state(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the Trainer's state is written last."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((str(path) for path in found if _whole(path / "trainer_state.json")), None)
+    """The newest state that is whole, with the best one that it names; a warning tells of others."""
+    damaged = []
+    for state in states(folder):
+        if _is_sound(state) and _is_sound(state.with_name(f"checkpoint-{_best_step(state)}")):
+            break
+        damaged.append(state.name)
+    else:
+        state = None
+    sealed = [name for name in damaged if (folder / name / DIGESTS).exists()]
+    if sealed:
+        warnings.warn(DamagedProgress(damaged_message(folder, sealed)), stacklevel=3)
+    return None if state is None else str(state)
+
+
+def states(folder: Path) -> list[Path]:
+    """The states of a training, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(state: Path) -> int:
+    return int(state.name.rpartition("-")[2])
+
+
+def remove_old_states(folder: Path, *, best: int | None) -> None:
+    """Removes all states but the best and the two newest: other processes may still be writing to the last but one."""
+    for state in states(folder)[2:]:
+        if _step(state) != best:
+            _remove(state)
+
+
+def _remove(state: Path) -> None:
+    """Removes a state, which is none any more while that lasts."""
+    hidden = state.with_name(f".{state.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    state.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def damaged_trainings(folder: Path) -> list[str]:
+    """What trainings that are done left and does not match its digest: results, weights, and states that others go on from."""
+    damaged = []
+    for result in sorted(folder.glob(f"*/{DONE}")):
+        name = result.parent.name
+        try:
+            read_note(result)
+            read_tensors(result.with_name(WEIGHTS))
+        except CheckpointError:
+            damaged.append(name)
+            continue
+        damaged += [f"{name}/{state.name}" for state in states(result.parent)[:1] if not _is_sound(state)]
+    return damaged
+
+
+def seal(state: Path, *, number: int) -> None:
+    """Notes digests of the files of a state, which is whole then; each of several processes notes its own random state's."""
+    own = state / f"rng_state_{number}.pth"
+    shared = [path for path in state.iterdir() if not re.match(r"rng_state_|\.?digests", path.name)]
+    files = [*(shared if number == 0 else []), *([own] if own.exists() else [])]
+    for path in files:
+        flush_file(path)
+    digests = {path.name: digest_of_file(path) for path in files}
+    write_note(state / (DIGESTS if number == 0 else f"digests-{number}.json"), digests)
+
+
+def _is_sound(state: Path) -> bool:
+    """Whether all files of a state are there and match their digests."""
+    try:
+        digests = read_note(state / DIGESTS)
+        for note in state.glob("digests-*.json"):
+            digests |= read_note(note)
+        found = {path.name for path in state.iterdir() if not path.name.startswith(("digests", "."))}
+        return found == set(digests) and all(digest_of_file(state / name) == digests[name] for name in digests)
+    except (OSError, CheckpointError):
+        return False
+
+
+def _best_step(state: Path) -> int:
+    """The step of the best state so far, as a sound state names it."""
+    found = read_json(state / "trainer_state.json")
+    return int(found["best_global_step"])
 
 
 def write_trained(model: nn.Module, path: Path) -> None:
     """Writes every parameter that requires a gradient."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    partial_ = path.with_name(f".{path.name}")
-    save_file(tensors, partial_)
-    partial_.replace(path)
+    write_tensors(path, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 @torch.no_grad()
 def read_trained(model: nn.Module, path: Path) -> None:
-    """Reads what `write_trained` wrote."""
-    tensors = load_file(path)
+    """Reads what `write_trained` wrote. Raises `CheckpointError` where it was damaged since."""
+    tensors = read_tensors(path)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(tensors[name])
-
-
-def _whole(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _write(path: Path, text: str) -> None:
-    partial_ = path.with_name(f".{path.name}")
-    partial_.write_text(text, encoding="utf-8")
-    partial_.replace(path)

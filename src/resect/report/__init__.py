@@ -9,8 +9,8 @@ from resect.report.knowledge import GroupKnowledge, Knowledge, Removal, knowledg
 from resect.report.knowledge_picture import knowledge_png
 from resect.report.machine import machine, peak_memory, versions
 from resect.report.markdown import run_markdown
-from resect.report.page import comparison_html, knowledge_html, recovery_html, run_html
-from resect.report.picture import inspection_dot, inspection_tree
+from resect.report.page import comparison_html, is_page, knowledge_html, recovery_html, run_html
+from resect.report.picture import inspection_dot, inspection_tree, is_picture
 from resect.report.recovery import RecoveryReport, recovery_card, recovery_markdown, recovery_report, recovery_tables
 from resect.report.results import (
     BudgetMet,
@@ -62,6 +62,8 @@ __all__ = [
     "comparison_tables",
     "export_table",
     "inspection",
+    "is_page",
+    "is_picture",
     "inspection_dot",
     "inspection_tables",
     "inspection_tree",

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -26,6 +27,16 @@ from resect.report.words import STATUS, asked, budget_lines, kept_shares, protec
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+GENERATOR = '<meta name="generator" content="resect">'
+"""What every page says of itself."""
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that resect wrote."""
+    with file.open("rb") as opened:
+        return GENERATOR.encode() in opened.read(2048)
 
 
 def run_html(report: RunReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.text import Text
 from rich.tree import Tree
@@ -111,6 +112,16 @@ def _numbers(layers: str) -> list[int]:
     return found
 
 
+MADE_BY = "// made by resect inspect"
+"""A comment in the first line of every picture."""
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is a picture for Graphviz that resect wrote."""
+    with file.open("rb") as opened:
+        return MADE_BY.encode() in opened.readline(1000)
+
+
 def inspection_dot(found: Inspection) -> str:
     """A Graphviz digraph: modules as boxes, like blocks folded into one cluster, coupled groups as coloured ovals between them.
 
@@ -132,7 +143,7 @@ class Drawing:
     def text(self) -> str:
         """The whole file."""
         found = self._found
-        lines = [f"digraph {_quoted(found.architecture)} {{"]
+        lines = [f"digraph {_quoted(found.architecture)} {{ {MADE_BY}"]
         lines += ['  rankdir=LR; compound=true; fontname="Helvetica";', '  node [fontname="Helvetica", fontsize=11];']
         lines += ["  edge [arrowsize=0.6];", f"  label={_quoted(f'{found.model}: {found.parameters:,} parameters')};"]
         outside = [row for row in found.units if not row.layers]
