@@ -158,10 +158,11 @@ def test_what_appears_meanwhile_stays(old: Path) -> None:
     assert contents(old) == {"deep/kept.txt": "kept", "late": "late", "new/file": "late"}
 
 
-def write(path: Path) -> None:
-    """What another program does meanwhile."""
+def write(path: Path) -> bytes:
+    """What another program does meanwhile, and what it writes."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("late")
+    return b"late"
 
 
 def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest
     if not flags:
         monkeypatch.setattr(writing, "rename_with", lambda *arguments: False)
     with pytest.raises(CheckpointError, match="appeared meanwhile"), whole_file(tmp_path / "a.gguf") as partial:
-        partial.write_text((write(tmp_path / "a.gguf"), "new")[1])
+        partial.write_bytes(write(tmp_path / "a.gguf"))
     assert contents(tmp_path) == {"a.gguf": "late"}
 
 

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from resect.environment import TORCHRUN, Processes
-from resect.errors import DataError, EmulatedPrecision, NumericsError, ResectWarning, UsageError
+from resect.errors import DamagedProgress, DataError, EmulatedPrecision, NumericsError, ResectWarning, UsageError
 from resect.recovery import Distillation, Mixture, Recovery, recover, recovering, training
 from resect.recovery.adapter import attach, linear_layers
 from resect.recovery.examples import read_pool
 from resect.recovery.heldout import held_out_nats
 from resect.recovery.teacher import state_difference
-from resect.recovery.training import Watch, last_state, micro_batch
+from resect.recovery.training import Watch, last_state, micro_batch, seal
 from resect.statistics import divergence, precision, token_losses
 from resect.surgery.gather import gather
 from tests.models import (
@@ -105,11 +105,53 @@ def test_killed_at_any_step_and_resumed_is_as_if_nothing_had_happened(
 
 
 def test_a_state_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
-    for step, text in ((2, "{}"), (10, '{"best_'), (4, "{}")):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    for step in (2, 10, 4):
+        state(tmp_path, step, best=2)
+    (tmp_path / "checkpoint-10" / "digests.json").unlink()
     (tmp_path / "checkpoint-12").mkdir()
     assert last_state(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize(("step", "file"), [(4, "optimizer.pt"), (4, "digests.json"), (2, "optimizer.pt")])
+def test_a_state_that_was_damaged_is_passed_over_with_a_word(tmp_path: Path, step: int, file: str) -> None:
+    state(tmp_path, 1, best=1)
+    state(tmp_path, 2, best=2)
+    state(tmp_path, 4, best=2)
+    path = tmp_path / f"checkpoint-{step}" / file
+    path.write_bytes(path.read_bytes()[:-2] + b"?" + path.read_bytes()[-1:])
+    with pytest.warns(DamagedProgress, match="checkpoint-4"):
+        assert last_state(tmp_path) == str(tmp_path / f"checkpoint-{2 if step == 4 else 1}")
+
+
+def state(folder: Path, step: int, *, best: int) -> None:
+    """What the Trainer leaves of a step, as far as it is looked into."""
+    made = folder / f"checkpoint-{step}"
+    made.mkdir()
+    (made / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    (made / "optimizer.pt").write_bytes(b"moments")
+    seal(made, number=0)
+
+
+def test_what_was_damaged_in_a_recovery_is_made_anew(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
+    first = copy.deepcopy(model)
+    call(first, text, progress=tmp_path / "p")
+    for file in ("training/done.json", "training/trained.safetensors", "asked.json"):
+        path, again = tmp_path / "p" / file, copy.deepcopy(model)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        with pytest.warns(DamagedProgress, match="made anew"):
+            call(again, text, progress=tmp_path / "p", resume=True)
+        assert same(again, first)
+
+
+def test_other_weights_or_another_teacher_are_something_else(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
+    other = copy.deepcopy(model)
+    call(copy.deepcopy(model), text, progress=tmp_path / "p")
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    with pytest.raises(UsageError, match="something else"):
+        call(other, text, progress=tmp_path / "p", resume=True)
+    with pytest.raises(UsageError, match="something else"):
+        call(model, text, progress=tmp_path / "p", resume=True, teacher=other)
 
 
 def test_resuming_something_else_is_refused(model: PreTrainedModel, text: Path, tmp_path: Path) -> None:
@@ -348,7 +390,7 @@ def bare_training(settings: Recovery, text: Path, folder: Path) -> training.Trai
     if not settings.full:
         model = attach(cast(PreTrainedModel, model), settings, keep_zeros=(), seed=1)
     held_out = {"": read_pool(str(text), tiny_tokenizer(), settings, seed=42).held_out}
-    return training.Training(model=model, held_out=held_out, settings=settings, folder=folder)
+    return training.Training(model=model, held_out=held_out, settings=settings, folder=folder, resumes=True)
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -27,7 +27,9 @@ CLAIM = "asked.json"
 """Says what the progress is of."""
 SUPERSEDED = "superseded"
 """Notes of a shot that a later one has replaced what it left."""
-OWN = re.compile(r"\.?[\w.-]+\.(json|safetensors|partial)|shot-\d+|state-\d+|recovery|\.entering")
+OWN = re.compile(
+    r"\.?[\w.-]+\.(json|safetensors|partial)|(shot|state|text|instructions)-\d+|training|recovery|\.entering"
+)
 """Names that a damaged claim leaves to tell progress by."""
 _DIGEST = "digest"
 
