@@ -120,6 +120,17 @@ def test_places_that_are_no_models_are_never_replaced(old: Path, monkeypatch: py
     assert check_directory(old / "deep" / "new") == old / "deep" / "new"
 
 
+def test_a_directory_below_one_that_is_written_is_written_at_once(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "new") as outer:
+        with whole_directory(outer) as inner, whole_directory(outer / "deep") as deeper:
+            (inner / "a.txt").write_text("a")
+            (deeper / "b.txt").write_text("b")
+            assert (inner, deeper) == (outer, outer / "deep")
+        assert sorted(os.listdir(tmp_path)) == [".new.lock", outer.name]
+    assert contents(tmp_path) == {"new/a.txt": "a", "new/deep/b.txt": "b"}
+    assert os.listdir(tmp_path) == ["new"]
+
+
 def test_a_list_of_its_files_is_written_with_a_directory(old: Path) -> None:
     assert json.loads((old / MANIFEST).read_text())["files"] == ["deep/kept.txt"]
 

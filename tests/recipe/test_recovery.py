@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from typer.testing import CliRunner
 import resect.recipe.recovery
 from resect.checkpoint import load, load_tokenizer, save
 from resect.cli import app
-from resect.errors import UsageError
-from resect.plan import Pattern
+from resect.errors import CheckpointError, UsageError
+from resect.graph import trace
+from resect.plan import Pattern, keep_all
 from resect.plan.pattern import Matrix
 from resect.recipe import read_recovery_recipe, run_recovery
 from resect.recovery.training import Watch
@@ -131,3 +134,26 @@ def test_the_papers_settings() -> None:
 def test_what_is_not_known_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_recovery_recipe(None, {"model": "demo", "data": "demo", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "text_of", "says"),
+    [
+        ("plan.json", lambda plan: plan.replace('"keep":[0,', '"keep":[', 1), "not of these weights: it keeps"),
+        ("plan.json", lambda plan: plan[: len(plan) // 2], "not a plan"),
+        ("plan.json", lambda plan: "\udcff", "cannot be read"),
+        ("pattern.json", lambda plan: "[]", "not a pattern"),
+        ("pattern.json", lambda plan: '{"layers": {"model.no": {"shape": [2, 2]}}}', "not of these weights: 'model.no'"),
+        ("pattern.json", lambda plan: '{"layers": {"lm_head": {"shape": [2, 2]}}}', "not of these weights: 'lm_head'"),
+    ],
+)
+def test_a_plan_or_pattern_that_is_not_of_these_weights_is_refused(
+    dense: Path, text: Path, tmp_path: Path, name: str, text_of: Callable[[str], str], says: str
+) -> None:
+    plan = keep_all(trace(load(dense)).groups).to_json()
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    (model / name).write_text(text_of(plan), encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=says):
+        run_recovery(read_recovery_recipe(None, values(model, text, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

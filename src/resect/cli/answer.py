@@ -18,6 +18,7 @@ import click
 import typer
 from rich.markup import escape
 
+from resect.cli.ending import Ended, ended_by_signals
 from resect.cli.terminal import console, guarded, json_line
 from resect.errors import ResectError, ResectWarning, UsageError, printable
 from resect.explain import telling
@@ -63,9 +64,9 @@ class Refusal:
 def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterator[Answer]:
     """Runs a command's one library call: then prints its result, or its error, and exits 2 for a request that cannot be meant.
 
-    Other errors exit 1, Ctrl-C 130, a reader of the output that has gone 141; none ends without a line on stderr. What is no
-    error of ours is a fault of resect's, and its traceback is kept in a file. With `as_json` stdout holds exactly one JSON
-    object, an error too.
+    Other errors exit 1, Ctrl-C 130, SIGTERM 143, SIGHUP 129, a reader of the output that has gone 141; none ends
+    without a line on stderr. What is no error of ours is a fault of resect's, and its traceback is kept in a file.
+    With `as_json` stdout holds exactly one JSON object, an error too.
     """
     answer, stdout = Answer(), sys.stdout
     for stream in (sys.stdout, sys.stderr):
@@ -74,7 +75,7 @@ def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterato
     quiet = guarded(sys.stderr)
     try:
         # What libraries print is no result.
-        with redirect_stdout(quiet), redirect_stderr(quiet), warnings.catch_warnings(), telling(doing):
+        with redirect_stdout(quiet), redirect_stderr(quiet), warnings.catch_warnings(), telling(doing), ended_by_signals():
             warnings.showwarning = _warn
             yield answer
         _print(answer, stdout, as_json=as_json)
@@ -106,6 +107,8 @@ def _refused(problem: BaseException) -> Refusal:
             return Refusal(kind, str(problem), 2, notes=notes)
         case ResectError():
             return Refusal(kind, str(problem), notes=notes)
+        case Ended():
+            return Refusal("Interrupted", f"Stopped by {problem}.", problem.code, "interrupted", notes)
         case KeyboardInterrupt() | click.Abort():
             return Refusal("Interrupted", "Stopped by the keyboard.", INTERRUPTED, "interrupted", notes)
         case BrokenPipeError():

@@ -24,6 +24,8 @@ EXCHANGE, NO_REPLACE = 2, 1
 """Flags of Linux's renameat2."""
 HERE = -100
 """AT_FDCWD: paths are what they say."""
+_on_their_way: set[Path] = set()
+"""Directories that this process is filling, under their temporary names."""
 Alike = Callable[[Path], bool]
 
 
@@ -151,12 +153,19 @@ def whole_directory(
 ) -> Iterator[Path]:
     """A temporary sibling to write into; it takes the name `directory` when the block ends well, and is gone otherwise.
 
-    What was there before stays untouched until then, and is replaced in one step. resect.json in it lists the files. Raises
+    What was there before stays untouched until then, and is replaced in one step. resect.json in it lists the files. Below a
+    directory that is written so already, it is that one which appears whole, and `directory` itself is given. Raises
     `CheckpointError` like `check_directory` and `claimed`, and when the disk fails; errors of ours speak of `directory`.
     """
+    place = located(directory)
+    if any(path in _on_their_way for path in (place, *place.parents)):
+        check_directory(place, overwrite=overwrite, inputs=inputs).mkdir(exist_ok=True)
+        yield place
+        return
     with claimed(directory) as target:
         check_directory(target, overwrite=overwrite, inputs=inputs)
         partial = sibling(target, "partial")
+        _on_their_way.add(partial)
         try:
             partial.mkdir()
             yield partial
@@ -167,6 +176,8 @@ def whole_directory(
         except BaseException as problem:
             remove(partial)
             _raise_as(problem, partial, target)
+        finally:
+            _on_their_way.discard(partial)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -20,11 +21,12 @@ from resect.checkpoint.card import About
 from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
 from resect.environment import processes
-from resect.errors import CheckpointError, UsageError
+from resect.errors import CheckpointError, UsageError, shown
 from resect.explain import explain
-from resect.files import beside, claimed_directory, whole_directory
+from resect.files import beside, claimed_directory, read_text, whole_directory
 from resect.files.outputs import located, remove
-from resect.plan import Pattern
+from resect.graph import trace
+from resect.plan import Pattern, Plan
 from resect.recipe.directories import facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import check_trust, laid_over, read_values
@@ -36,6 +38,7 @@ from resect.surroundings import unaffected
 if TYPE_CHECKING:
     from resect.recovery import Recovered
 
+Value = TypeVar("Value")
 HEADER = "# Everything that this recovery was asked for, with its defaults. Again: resect recover --recipe recipe.yaml -o DIR\n"
 KEPT = ("plan.json", "pattern.json")
 """Files of a pruned model that say what was pruned; they hold for the recovered one too."""
@@ -144,7 +147,8 @@ def _recovered(
     with stages("load", f"load {recipe.model}"):
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
         model = loaded(recipe.model)
-        pattern = _pattern(recipe.model)
+        pattern = _pattern(recipe.model, model)
+        _check_plan(recipe.model, model)
     found = healed(
         model,
         tokenizer,
@@ -201,10 +205,62 @@ def _own_device(device: str) -> str:
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
-def _pattern(model: str) -> Pattern | None:
-    """The pattern that lies beside a model, if one does."""
-    file = Path(find(model).place) / "pattern.json"
-    return Pattern.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _beside(model: str, name: str) -> Path | None:
+    """A file that lies beside the weights of a model, if it is there."""
+    file = Path(find(model).place) / name
+    return file if file.is_file() else None
+
+
+def _pattern(name: str, model: PreTrainedModel) -> Pattern | None:
+    """The pattern that lies beside a model, if one does. Raises `CheckpointError` where it is not of these weights."""
+    file = _beside(name, "pattern.json")
+    if file is None:
+        return None
+    pattern = _parsed(file, Pattern.from_json)
+    for path, matrix in pattern.layers.items():
+        rows, columns = matrix.rows or range(matrix.shape[0]), matrix.columns or range(matrix.shape[1])
+        if _weight_count(model, path) not in (prod(matrix.shape), len(rows) * len(columns)):
+            raise CheckpointError(f"The pattern {file} is not of these weights: {shown(path)} has another shape. Move it away.")
+    _check_zeros(model, pattern)
+    return pattern
+
+
+def _parsed(file: Path, parse: Callable[[str], Value]) -> Value:
+    """The value in a file; whatever is wrong with it is a `CheckpointError` that names the file."""
+    try:
+        return parse(read_text(file))
+    except UsageError as problem:
+        raise CheckpointError(f"{file}: {problem}") from problem
+
+
+def _weight_count(model: PreTrainedModel, path: str) -> int:
+    """How many weights a layer has; 0 where there is none of that name."""
+    try:
+        weight = getattr(model.get_submodule(path), "weight", None)
+    except AttributeError:
+        return 0
+    return weight.numel() if isinstance(weight, torch.Tensor) else 0
+
+
+def _check_plan(name: str, model: PreTrainedModel) -> None:
+    """Refuses a plan beside a model that left other sizes than the model has.
+
+    Where blocks went, names tell nothing; heads that are left of one group of queries are units by themselves.
+    """
+    file = _beside(name, "plan.json")
+    if file is None:
+        return
+    plan = _parsed(file, Plan.from_json)
+    removed = [kept for kept in plan.groups.values() if kept.removed]
+    if not removed or any(kept.kind in ("blocks", "sublayers") for kept in removed):
+        return
+    for group in trace(model).groups:
+        kept = plan.groups.get(group.name)
+        if kept is not None and len(kept.keep) > 1 and group.kind != "heads" and len(kept.keep) != group.units:
+            raise CheckpointError(
+                f"The plan {file} is not of these weights: it keeps {len(kept.keep)} of {shown(group.name)}, "
+                f"the model has {group.units}. Move it away."
+            )
 
 
 @torch.no_grad()
@@ -216,7 +272,7 @@ def _check_zeros(model: PreTrainedModel, pattern: Pattern | None) -> int:
             weight: Any = model.get_submodule(path).weight
             found = int((weight == 0).sum())
             if found < matrix.zeros:
-                raise CheckpointError(f"{path} has {found} zeros, its pattern {matrix.zeros}. Please report how this was made.")
+                raise CheckpointError(f"{path} has {found} zeros, its pattern {matrix.zeros}: it is not of these weights.")
             total += matrix.zeros
     return total
 
@@ -233,7 +289,7 @@ def _save(
 ) -> None:
     """Writes the whole directory, which gets its name only when a fresh process gave the model's logits."""
     place = Path(find(recipe.model).place)
-    extra = {name: (place / name).read_text(encoding="utf-8") for name in KEPT if (place / name).is_file()}
+    extra = {name: read_text(place / name) for name in KEPT if (place / name).is_file()}
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     made = About.of(place)
     about = About(made.recipe or {"model": recipe.model}, {"calibration": made.report.get("calibration")}, recovery_card(report))
