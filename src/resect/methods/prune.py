@@ -186,6 +186,7 @@ def prune(
         "vocabulary": trimmed.notes.get(VOCABULARY),
         "budget": facts,
         "seconds": seconds,
+        "threads": torch.get_num_threads(),
         **told,
         "shots": [
             _sizes(graph, shot.plan) | {"number": number, "loss": shot.loss, "prices": shot.prices}
