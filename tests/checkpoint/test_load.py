@@ -40,7 +40,7 @@ def test_a_directory(directory: Path) -> None:
 def test_a_skeleton_needs_no_weights(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"not read")
     assert skeleton(directory).config.hidden_size == 60
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load(directory)
     (directory / "model.safetensors").unlink()
     assert skeleton(directory).config.hidden_size == 60
@@ -178,6 +178,41 @@ def write_gguf(path: Path) -> torch.Tensor:
     writer.write_tensors_to_file()
     writer.close()
     return tensors["blk.1.ffn_up"]
+
+
+def test_damaged_gguf_files(tmp_path: Path) -> None:
+    path, whole = tmp_path / "tiny.gguf", b""
+    write_gguf(path)
+    whole = path.read_bytes()
+    for length in (0, 4, 24, 300, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:length])
+        for read in (load, skeleton, load_tokenizer):
+            with pytest.raises(CheckpointError, match=r"tiny.gguf"):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, r"does not say llama.block_count, llama.embedding_length, llama.attention.head_count"),
+        ({"block_count": 1}, r"does not say llama.embedding_length"),
+        ({"block_count": 10**9, "embedding_length": 16, "head_count": 2}, "block_count is 1000000000; at most 1 fit"),
+        ({"block_count": 1, "embedding_length": 16, "head_count": 2}, "is read with 32000 tokens; its embedding has 8 rows"),
+        ({"block_count": 1, "embedding_length": 16, "head_count": 0}, "tiny.gguf"),
+    ],
+)
+def test_gguf_files_that_do_not_say_their_sizes(said: dict[str, int], message: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for name, value in said.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tensor("token_embd.weight", torch.zeros(8, 16).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for read in (load, skeleton):
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.skipif(not DEMO_INSTALLED, reason="the demo package is not installed")

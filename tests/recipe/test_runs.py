@@ -203,9 +203,11 @@ def test_text_that_is_empty_or_too_short(words: str, said: str, dense: Path, tex
 
 def test_evaluation_text_is_looked_at_before_pruning(dense: Path, text: Path, tmp_path: Path) -> None:
     short = write_text(tmp_path / "short.txt", repeats=1)
-    evaluation = {"texts": [str(short)], "windows": [64, 4096]}
-    with pytest.raises(DataError, match=r"windows of 4096 tokens.*short\.txt"):
+    evaluation: dict[str, Any] = {"texts": [str(short)], "windows": [64, 80], "limit": 70}
+    with pytest.raises(DataError, match=r"windows of 80 tokens.*short\.txt"):
         run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation))
+    with pytest.raises(UsageError, match="windows of 4096 tokens; the model has 80 positions"):
+        run(recipe_of(dense, text, tmp_path / "out", evaluation=evaluation | {"windows": [4096]}))
 
 
 def test_damaged_weights_are_named(dense: Path, text: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ The only room beside `statistics` that ever calls a model, and only for the sour
 from __future__ import annotations
 
 from resect.calibration.batches import Calibration, calibrate
+from resect.calibration.chat import chat_text
 from resect.calibration.corpora import Rows
 from resect.calibration.heldout import HeldOut, evaluation_text, evaluation_tokens, held_out, token_sizes, wikitext_rows
 from resect.calibration.hub import HUB, HubSet
+from resect.calibration.limits import check_length, check_vocabulary, check_windows, positions_of
 from resect.calibration.passages import package_root
 from resect.calibration.sources import read_rows, read_texts
 from resect.calibration.windows import digest
@@ -22,11 +24,16 @@ __all__ = [
     "HubSet",
     "Rows",
     "calibrate",
+    "chat_text",
+    "check_length",
+    "check_vocabulary",
+    "check_windows",
     "digest",
     "evaluation_text",
     "evaluation_tokens",
     "held_out",
     "package_root",
+    "positions_of",
     "read_rows",
     "read_texts",
     "token_sizes",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from resect.calibration.limits import positions_of
 from resect.errors import NumericsError, UsageError
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def write(model: nn.Module, *, samples: int, length: int, seed: int, start: int)
     training text does. Errors: `UsageError` for a length past the model's positions, `NumericsError` for logits that
     are not finite.
     """
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+    limit = positions_of(model)
+    if limit is not None and length > limit:
         raise UsageError(f"The model was asked to write {length} tokens; it has {limit} positions. Ask for less.")
     generator = torch.Generator().manual_seed(seed)
     batch = max(1, min(CONCURRENT, CACHED_TOKENS // length))

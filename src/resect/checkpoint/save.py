@@ -11,17 +11,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from resect.calibration import positions_of
 from resect.checkpoint.card import About, card
 from resect.checkpoint.record import Record, record_of
+from resect.checkpoint.shipped import own_code_refusal, shipped_code
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import evaluating
 from resect.files import check_directory, whole_directory
 from resect.surgery import modeling_resect
+from resect.surgery.adapters import check_merged
 from resect.surgery.modeling_resect import removed_blocks, shorten
 from resect.surroundings import unaffected
 
@@ -76,6 +80,8 @@ def save(
     """
     inputs = [getattr(model, "name_or_path", None)]
     target = check_directory(directory, overwrite=overwrite, inputs=inputs)
+    check_merged(model)
+    code = shipped_code(model)
     record = record_of(model)
     _check_tokenizer(model, tokenizer, record)
     written, saved = _loadable(model, record, target)
@@ -86,6 +92,8 @@ def save(
     with whole_directory(target, overwrite=overwrite, inputs=inputs) as partial, quiet():
         # Merged experts and the like are stored as they are where no stock code would merge them again.
         written.save_pretrained(partial, save_original_format=saved.layout == "uniform")
+        if code is not None:
+            code.write(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for name, text in files.items():
@@ -153,6 +161,8 @@ def _own_code(
     config: PreTrainedConfig, stock_class: type[PreTrainedModel], record: Record
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """Configuration and class of `modeling_resect.py` for a model that no stock configuration describes."""
+    if not hasattr(transformers, stock_class.__name__) or type(config) not in MODEL_MAPPING:
+        raise CheckpointError(own_code_refusal(stock_class.__name__))
     bare: Any = MODEL_MAPPING[type(config)]
     names = {
         "AutoConfig": type(config).__name__,
@@ -230,9 +240,10 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def random_tokens(model: PreTrainedModel) -> Tensor:
-    """Tokens [2, 24] of the model's vocabulary, the same every time."""
+    """Tokens [2, 24] of the model's vocabulary, or as many as it sees at once, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 24), generator=generator)
+    length = min(24, positions_of(model) or 24)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, length), generator=generator)
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:

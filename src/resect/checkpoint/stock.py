@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from resect.checkpoint.shipped import has_own_code
 from resect.checkpoint.silence import quiet
 from resect.graph import Group
 from resect.surgery.modeling_resect import shorten
@@ -218,7 +219,9 @@ class _Search:
             return " ".join(said.split()) or type(error).__name__
 
     def _config(self, changes: Changes) -> PreTrainedConfig:
-        return type(self.family.config).from_dict({**self.family.config.to_dict(), **changes})
+        made = type(self.family.config).from_dict({**self.family.config.to_dict(), **changes})
+        made.validate()  # classes of others leave that to whoever saves them
+        return made
 
     def _stock(self, changes: Changes) -> Stock:
         family = self.family
@@ -278,18 +281,23 @@ def _uneven(shapes: Shapes, before: Shapes) -> str:
 
 
 def _expressible(model: PreTrainedModel, groups: Sequence[Group]) -> bool | str:
-    """Tries one unit less in every group, then more."""
+    """Tries one unit less in every group, then more; a model with code of its own has to take any number."""
     whole = groups[0].kind == "blocks"
     groups = [group for group in groups if group.units > 1 or whole]
     fewest = sum(group.units for group in groups) if whole else min((group.units for group in groups), default=1)
-    reasons = []
+    reasons, strict = [], has_own_code(type(model))
     for step in [step for step in dict.fromkeys([1, 2, 4, 8, 16, 64, 128, fewest // 2]) if 0 < step < fewest]:
         config = copy.deepcopy(model.config)
         target = _without_blocks(model, config, fewest, step) if whole else _without_units(model, groups, step)
         stock, reason = find_stock(target, config, type(model), accept=lambda stock: _changed_constant(model, stock))
-        if stock is not None:
+        if stock is not None and not strict:
             return True
-        reasons.append(reason)
+        if stock is None:
+            reasons.append(reason)
+            if strict:
+                break
+    if strict and not reasons and fewest > 1:
+        return True
     return reasons[0] if reasons else "there is only one unit"
 
 

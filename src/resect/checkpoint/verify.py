@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from resect.checkpoint.configuration import read_configuration
 from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
+from resect.checkpoint.shipped import shipped_code
 from resect.environment import python
 from resect.errors import CheckpointError
 from resect.files import temporary_folder
@@ -28,7 +30,7 @@ def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | No
     """
     tokens = random_tokens(model) if tokens is None else tokens
     with temporary_folder(f"to verify {directory}") as folder:
-        found = _reloaded_logits(Path(directory).resolve(), tokens, folder)
+        found = _reloaded_logits(Path(directory).resolve(), tokens, folder, model)
     difference = relative_difference(found, logits_of(model, tokens).cpu())
     if not difference <= tolerance(model.dtype):
         raise CheckpointError(
@@ -38,14 +40,22 @@ def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | No
     return difference
 
 
-def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path) -> Tensor:
+def _is_ours(auto_map: Any) -> bool:
+    """Whether all the code that a configuration names is in the file that `save` puts there."""
+    names = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    return all(str(name).startswith("modeling_resect.") for name in names)
+
+
+def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path, model: PreTrainedModel) -> Tensor:
     """Logits of what a process of its own loads."""
     given, wanted = folder / "tokens.safetensors", folder / "logits.safetensors"
     save_file({"tokens": tokens.cpu().contiguous()}, given)
     config = directory / "config.json"
     if not config.is_file():
         raise CheckpointError(f"Asked to verify {directory}; it has no config.json. Name a directory that was saved.")
-    shipped = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    auto_map = read_configuration(config).get("auto_map")
+    # Code that lies there is run if it is resect's, or the model's own, which somebody trusted when it was loaded.
+    shipped = bool(auto_map) and (_is_ours(auto_map) or shipped_code(model) is not None)
     words = ["-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted), "shipped-code" if shipped else "stock"]
     variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}  # shipped code leaves no copy behind
     run = python(*words, variables=variables, folder=folder)

@@ -4,7 +4,7 @@ from resect.evaluation.agreement import Agreement, Flips, agreement, flips
 from resect.evaluation.bootstrap import Interval, paired_interval, paired_ratio
 from resect.evaluation.conversation import Conversation, Said
 from resect.evaluation.generation import generations
-from resect.evaluation.latency import Latency, Spread, latencies, latency
+from resect.evaluation.latency import Latency, Spread, check_positions, latencies, latency
 from resect.evaluation.mode import evaluating
 from resect.evaluation.onward import Onward, first_block
 from resect.evaluation.perplexity import Perplexity, perplexity, summed_nats, windows_of
@@ -33,6 +33,7 @@ __all__ = [
     "Steps",
     "Task",
     "agreement",
+    "check_positions",
     "entry_bytes",
     "evaluating",
     "first_block",

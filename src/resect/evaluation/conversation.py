@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
+from resect.calibration import chat_text, positions_of
 from resect.errors import UsageError
 from resect.evaluation.generation import greedy
 from resect.evaluation.mode import evaluating
@@ -79,12 +80,12 @@ class Conversation:
     def _tokens(self, messages: list[dict[str, str]]) -> torch.Tensor:
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         if chat:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = chat_text(self.tokenizer, messages, add_generation_prompt=True)
         else:
             breaks = ["\n" if place and one["role"] == "user" else "" for place, one in enumerate(messages)]
             text = "".join(before + one["content"] for before, one in zip(breaks, messages, strict=True))
         tokens: torch.Tensor = self.tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.model)
         if positions is not None and tokens.shape[1] + self.new_tokens > positions:
             raise UsageError(
                 f"The conversation has {tokens.shape[1]} tokens, and {self.new_tokens} more would not fit into the model's "

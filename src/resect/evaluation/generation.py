@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from resect.calibration import chat_text, check_length
 from resect.errors import UsageError
 from resect.evaluation.mode import evaluating
 from resect.ranges import whole
@@ -57,8 +58,11 @@ def greedy(model: PreTrainedModel, new_tokens: int) -> Any:
 def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, settings: Any, chat: bool) -> str:
     if chat:
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        prompt = chat_text(tokenizer, message, add_generation_prompt=True)
     tokens = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(model.device)
+    needed = tokens.shape[1] + settings.max_new_tokens
+    asked = f"A prompt of {tokens.shape[1]} tokens was to be continued by {settings.max_new_tokens}"
+    check_length(model, needed, asked, instead="Ask for fewer new tokens, or a shorter prompt.")
     generate: Any = model.generate
     written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from resect.calibration import positions_of
 from resect.errors import ModelError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.size import PeakMemory
@@ -158,7 +159,7 @@ def now(device: torch.device) -> float:
 
 def check_positions(name: str, model: PreTrainedModel, needed: int) -> None:
     """Raises `UsageError` where a model has fewer positions than it would be timed over."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is not None and positions < needed:
         raise UsageError(f"Asked to time {name} over {needed} tokens; it has {positions} positions. Ask for fewer tokens.")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from resect.calibration import positions_of
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.ranges import whole
@@ -165,7 +166,7 @@ def _covered(sizes: Tensor | None, windows: int, window: int, *, first: int) -> 
 
 def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
     asked = f"Asked for windows of {window} tokens"
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     whole("window", window, low=2)  # the first of a window is never predicted
     if positions is not None and window > positions:
         raise UsageError(f"{asked}; the model has {positions} positions. Use a smaller window.")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from resect.calibration import positions_of
 from resect.errors import DataError, NumericsError, UsageError
 from resect.evaluation.mode import evaluating
 from resect.evaluation.perplexity import LOGITS, row_nats
@@ -265,4 +266,4 @@ def _after_nothing(tokenizer: Any, text: str) -> list[int]:
 
 
 def _positions(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or POSITIONS)
+    return positions_of(model) or POSITIONS

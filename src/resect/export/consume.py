@@ -57,7 +57,10 @@ def transformers_directory(path: Path, question: Question) -> Iterator[Answer]:
     shipped = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     options: dict[str, Any] = {"trust_remote_code": shipped, "local_files_only": True}
     config: Any = AutoConfig.from_pretrained(path, **options)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    model, report = loaded[0].eval(), loaded[1]
+    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+        raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {sorted(map(str, wrong))[:3]}")
     question.found["config"] = type(config).__name__
     with torch.no_grad():
         if not hasattr(
@@ -199,4 +202,6 @@ def main(consumer: str, path: str, given: str, wanted: str) -> None:
 
 
 if __name__ == "__main__":
+    # Folders of code that another process copied: this one has its own.
+    sys.path[:] = [place for place in sys.path if not (Path(place) / "transformers_modules").is_dir()]
     main(*sys.argv[1:])

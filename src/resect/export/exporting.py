@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,19 +13,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from resect.calibration import check_vocabulary
 from resect.checkpoint import load, load_tokenizer
 from resect.checkpoint.card import About, front_matter, tidy
+from resect.checkpoint.load import find
 from resect.errors import CheckpointError, ModelError, ResectError, UsageError, nearest
 from resect.export import gguf_file, hf, onnx_graph, padded, torch_program
 from resect.export.formats import Asked, Format, quantisation, require
 from resect.export.hub import push
 from resect.export.verification import Verification, verify_artefact
 from resect.files import begins, claimed_directory, claimed_file, whole_directory, whole_file
+from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
 FORMATS: Mapping[str, Format] = {
     form.name: form for form in (hf.FORMAT, padded.FORMAT, gguf_file.FORMAT, onnx_graph.FORMAT, torch_program.FORMAT)
 }
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -89,6 +94,7 @@ def export(
     with _claimed(form, output, overwrite, inputs) as target:
         asked = _asked(model, tokenizer, chosen, dtype, trust_remote_code, announce)
         form.check(asked)
+    check_vocabulary(asked.model, asked.tokenizer)
         facts, verification = _written(form, asked, target, overwrite=overwrite, verify=verify, announce=announce)
     pushed = None
     if push_to_hub:
@@ -153,17 +159,26 @@ def _asked(
     announce: Callable[[str], None],
 ) -> Asked:
     """The model, its tokenizer and what is known of how it was made."""
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, str | Path):
+        check_merged(model)
         return Asked(model, tokenizer, quantize)
     announce(f"load {model}")
     about = About.of(model)
     loaded = load(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        try:
-            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        except (CheckpointError, ModelError):
-            tokenizer = None  # formats that need one say so
+        tokenizer = _tokenizer(model, trust_remote_code)
     return Asked(loaded, tokenizer, quantize, about)
+
+
+def _tokenizer(model: str | Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model, None where it has none: formats that need one say so. A damaged one is an error."""
+    try:
+        return load_tokenizer(model, trust_remote_code=trust_remote_code)
+    except (CheckpointError, ModelError):
+        place = Path(find(model, weights=False).place)
+        if any(os.path.lexists(place / name) for name in TOKENIZER_FILES):
+            raise
+    return None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from resect.calibration import digest, evaluation_tokens
+from resect.calibration import check_length, check_vocabulary, digest, evaluation_tokens
 from resect.errors import NumericsError, UsageError, nearest
 from resect.evaluation import Onward, Perplexity, evaluating, first_block, perplexity, summed_nats, windows_of
 from resect.graph import KINDS, VOCABULARY, Graph, Group, trace
@@ -26,6 +26,7 @@ from resect.report.knowledge import damage, unprunable
 from resect.saliency import score
 from resect.statistics import collect, perplexity_of
 from resect.surgery import masked
+from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -61,6 +62,9 @@ def analyze(
     Raises `UsageError`, `DataError` or `NumericsError`.
     """
     check_analysis(kinds=kinds, ratios=ratios, gamma=gamma, units=units, window=window, limit=limit, seed=seed)
+    check_merged(model)
+    check_vocabulary(model, tokenizer)
+    check_length(model, window, f"An analysis was asked for in windows of {window} tokens", instead="Use a smaller window.")
     start = time.perf_counter()
     graph = trace(model)
     groups = _offered(graph, kinds)

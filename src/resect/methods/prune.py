@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from resect.calibration import calibrate
+from resect.calibration import calibrate, check_vocabulary, check_windows
 from resect.checkpoint import cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
 from resect.evaluation import LatencyTable
@@ -35,6 +35,7 @@ from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
 from resect.ranges import seed_of, share, whole
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
 from resect.surgery import cut_and_check, gather_and_check
+from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
 Watch = Callable[[nn.Module, Graph, Sequence[Plan]], None]
@@ -120,6 +121,11 @@ def prune(
         )
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     check_budget(budget, keep=keep, of=of, method=chosen)
+    check_merged(model)
+    check_vocabulary(model, tokenizer)
+    scored = vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None
+    if chosen.needs_data and scored:
+        _check_data(model, tokenizer, data, length)
     if chosen.needs_data:
         tell_emulated(model, bf16=chosen.bf16)
     seconds: dict[str, float] = {}
@@ -138,7 +144,7 @@ def prune(
     provenance: dict[str, Any] | None = None
     withheld: dict[str, str] = {}
     spent, facts = Spending(keep, of, budget), None
-    if vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None:
+    if scored:
         if chosen.coupled:
             with _timed(seconds, "trace"):
                 chosen, withheld = _deployable(chosen, model, graph, layout)
@@ -239,12 +245,20 @@ def _data(
     if isinstance(data, Data):
         return data, {"source": "batches given by the caller", "samples": len(data.batches)}
     if isinstance(data, Tensor):
-        _check_tokens(data, model)
         return _windows(data), {"source": "tokens given by the caller", "samples": data.shape[0], "length": data.shape[1]}
-    if tokenizer is None and data is not None:
-        raise UsageError(f"Calibration on {data!r} needs the model's tokenizer. Pass it, or token windows as data.")
     calibration = calibrate(data, tokenizer, samples=samples, length=length, seed=seed, model=model)
     return _windows(calibration.tokens), dict(calibration.provenance)
+
+
+def _check_data(model: nn.Module, tokenizer: Any, data: Any, length: int) -> None:
+    """Refuses data that cannot be read, and windows that the model cannot take in, before anything is read or traced."""
+    if isinstance(data, Tensor):
+        _check_tokens(data, model)
+        check_windows(model, data.shape[1])
+    elif not isinstance(data, Data):
+        if tokenizer is None and data is not None:
+            raise UsageError(f"Calibration on {data!r} needs the model's tokenizer. Pass it, or token windows as data.")
+        check_windows(model, length)
 
 
 def _check_tokens(tokens: Tensor, model: nn.Module) -> None:

@@ -11,7 +11,17 @@ from transformers import PreTrainedModel
 
 from resect.checkpoint import load
 from resect.errors import UsageError
-from resect.evaluation import Latency, LatencyTable, Spread, entry_bytes, latencies, latency_table, paired_ratio, parameter_count
+from resect.evaluation import (
+    Latency,
+    LatencyTable,
+    Spread,
+    check_positions,
+    entry_bytes,
+    latencies,
+    latency_table,
+    paired_ratio,
+    parameter_count,
+)
 from resect.files import claimed_directory, whole_directory
 from resect.graph import Graph, trace
 from resect.plan import PHASES, Workload, macs_of
@@ -64,6 +74,7 @@ def bench(
         for name in names:
             with stages("load", f"load {name}"):
                 models[name] = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
+                check_positions(name, models[name], max(lengths) + decode)
             with stages("trace", f"trace {name}"):
                 graphs[name] = trace(models[name])
         benched = {name: described(name, models[name], graphs[name]) for name in names}

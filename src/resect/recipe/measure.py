@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from resect.calibration import HeldOut, digest, evaluation_text, held_out, token_sizes
-from resect.checkpoint import load, load_tokenizer
+from resect.calibration import HeldOut, check_length, check_vocabulary, digest, evaluation_text, held_out, token_sizes
+from resect.checkpoint import load, load_tokenizer, skeleton
 from resect.checkpoint.load import find
 from resect.errors import DataError, UsageError, nearest
 from resect.evaluation import (
@@ -23,6 +23,7 @@ from resect.evaluation import (
     Conversation,
     Perplexity,
     agreement,
+    check_positions,
     flips,
     generations,
     latencies,
@@ -113,11 +114,14 @@ def evaluate(
     read: dict[str, Mapping[str, HeldOut]] = {}
     observed: list[Observed] = []
     names = list(dict.fromkeys([asked.reference, *names] if asked.reference else names))
+    for name in names if len(names) > 1 else ():
+        check_evaluation(skeleton(name, trust_remote_code=trust_remote_code), None, asked)
     for name in names:
         with stages("load", f"load {name}"):
             model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
             needed = asked.texts or asked.generations or asked.tasks
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code) if needed else None
+        check_evaluation(model, tokenizer, asked)
         with stages("evaluate", f"evaluate {name}"):
             read[name] = read_evaluation_texts(asked, tokenizer)
             found = measure(model, tokenizer, asked, texts=read[name], tasks=tasks, name=name)
@@ -146,6 +150,18 @@ def evaluate(
         versions=versions(),
         machine=machine(),
     )
+
+
+def check_evaluation(model: PreTrainedModel, tokenizer: Any, asked: EvaluationSection) -> None:
+    """Refuses tokens and lengths that a model cannot take in, before anything is measured."""
+    check_vocabulary(model, tokenizer)
+    for window in asked.windows if asked.texts else ():
+        check_length(model, window, f"Asked for windows of {window} tokens", instead="Use a smaller window.")
+    if asked.generations:
+        asking = f"Asked for continuations of {asked.new_tokens} tokens"
+        check_length(model, asked.new_tokens + 1, asking, instead="Ask for fewer new tokens.")
+    if asked.latency:
+        check_positions("the model", model, asked.latency.prompt + asked.latency.decode)
 
 
 def read_evaluation_texts(asked: EvaluationSection, tokenizer: Any) -> dict[str, HeldOut]:
@@ -349,6 +365,7 @@ def conversations(
         announce(f"load {name}")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
+        check_vocabulary(model, tokenizer)
         found[name] = Conversation(model, tokenizer, new_tokens=new_tokens, temperature=temperature, system=system)
     torch.manual_seed(seed)
     return found

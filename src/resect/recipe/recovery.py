@@ -16,6 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from transformers import PreTrainedModel
 
+from resect.calibration import check_length, check_vocabulary
 from resect.checkpoint import load, load_tokenizer, save, verify
 from resect.checkpoint.card import About
 from resect.checkpoint.load import find
@@ -149,6 +150,9 @@ def _recovered(
         model = loaded(recipe.model)
         pattern = _pattern(recipe.model, model)
         _check_plan(recipe.model, model)
+    check_vocabulary(model, tokenizer)
+    length = recipe.settings.length
+    check_length(model, length, f"settings.length = {length}", instead="Use a shorter length.")  # before the teacher is read
     found = healed(
         model,
         tokenizer,

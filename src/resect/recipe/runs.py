@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from resect.calibration import HeldOut
+from resect.calibration import HeldOut, check_length, check_vocabulary, check_windows
 from resect.checkpoint import Saved, load, load_tokenizer, save, verify
 from resect.checkpoint.card import About, card
 from resect.checkpoint.load import find
+from resect.checkpoint.shipped import own_code_refusal, shipped_code
 from resect.environment import processes, tell_precision
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
@@ -21,6 +22,7 @@ from resect.files import claimed_directory, whole_directory, write_text
 from resect.files.outputs import remove
 from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
+from resect.methods.prune import method_settings
 from resect.plan import Plan
 from resect.recipe.directories import facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import (
@@ -29,6 +31,7 @@ from resect.recipe.measure import (
     Stages,
     agreements,
     bos_token,
+    check_evaluation,
     compared,
     curve_of,
     device_of,
@@ -99,6 +102,7 @@ def _run(
 ) -> RunResult:
     asked = recipe.evaluation
     model, tokenizer = _load(recipe, stages)
+    _check_lengths(recipe, model, tokenizer, dry_run=dry_run)
     texts = {} if dry_run else read_evaluation_texts(asked, tokenizer)
     tasks = [] if dry_run else tasks_named(asked.tasks)
     bos_token(asked, tokenizer)  # a missing one is refused now
@@ -155,6 +159,23 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[PreTrainedModel, Any]:
         # The tokenizer first: it is quick, and without one there is no use in reading weights.
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
         return _load_model(recipe, device), tokenizer
+
+
+def _check_lengths(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, dry_run: bool) -> None:
+    """Refuses tokens and lengths that the model cannot take in, before anything is read or measured."""
+    check_vocabulary(model, tokenizer)
+    chosen = method_settings(recipe.method, recipe.settings)
+    if shipped_code(model) is not None and (recipe.layout == "per-layer" or not chosen.coupled):
+        raise UsageError(own_code_refusal(type(model).__name__))
+    only_vocabulary = recipe.vocabulary is not None and recipe.keep == 1 and not recipe.budget
+    if chosen.needs_data and not only_vocabulary:
+        check_windows(model, recipe.calibration.length)
+    if dry_run:
+        return
+    check_evaluation(model, tokenizer, recipe.evaluation)
+    if recipe.recovery is not None:
+        length = recipe.recovery.settings.length
+        check_length(model, length, f"recovery.settings.length = {length}", instead="Use a shorter length.")
 
 
 def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:

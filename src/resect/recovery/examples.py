@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from resect.calibration import Rows, read_rows
-from resect.errors import DataError, UsageError
+from resect.calibration import Rows, chat_text, read_rows
+from resect.errors import DataError, ModelError, UsageError
 from resect.recovery.facts import Counts
 from resect.recovery.settings import Recovery
 from resect.statistics import IGNORED
@@ -129,6 +129,7 @@ def _responses(
     """An example of every row that can be used."""
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
+    refusals: list[ModelError] = []
     for row in rows:
         try:
             example = labelled(conversation(row, tokenizer), tokenizer)
@@ -138,10 +139,13 @@ def _responses(
                 raise Unusable("no response within the length")
         except Unusable as reason:
             skipped[str(reason)] += 1
+            refusals += [reason.__cause__] if isinstance(reason.__cause__, ModelError) else []
         else:
             counts.truncated += long
             examples.append(example)
     counts.skipped = dict(skipped)
+    if refusals and not examples:
+        raise refusals[0]
     return examples
 
 
@@ -244,8 +248,8 @@ def _messages(row: Mapping[str, Any], tokenizer: Any) -> Conversation:
 
 def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except Exception as problem:  # templates raise what they like
+        return chat_text(tokenizer, messages, **options)
+    except ModelError as problem:
         raise Unusable("messages that the chat template refuses") from problem
 
 

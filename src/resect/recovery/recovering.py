@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from resect.calibration import check_length, check_vocabulary
 from resect.environment import processes, recipe_decides, tell_precision
 from resect.errors import CheckpointError, DamagedProgress, ResectWarning, UsageError
 from resect.files import temporary_folder
@@ -30,6 +31,7 @@ from resect.recovery.settings import Recovery
 from resect.recovery.teacher import check_teacher
 from resect.recovery.training import Say, Training, damaged_trainings
 from resect.statistics import tell_emulated
+from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
 STAGES = ("text", "instructions")
@@ -75,6 +77,7 @@ def recover(
     seed_of(seed)
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
+    check_vocabulary(model, tokenizer)
     main = processes().main
     if main:
         tell_emulated(model, bf16=settings.bf16)
@@ -119,11 +122,10 @@ def recover(
 
 def _check(model: PreTrainedModel, settings: Recovery, teacher: PreTrainedModel | None, sources: Sequence[str]) -> None:
     """Refuses what cannot be meant, before any data is read."""
+    check_merged(model)
     if not sources or not all(sources):
         raise UsageError("Recovery was given no data. Name a file, a data set or demo, or several.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and settings.length > positions:
-        raise UsageError(f"settings.length = {settings.length}; the model has {positions} positions. Use a shorter length.")
+    check_length(model, settings.length, f"settings.length = {settings.length}", instead="Use a shorter length.")
     if settings.mixture.kind == "dynamic" and teacher is None:
         raise UsageError(
             "A dynamic mixture measures how far the model is behind the dense one, and no teacher was given. "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from resect.calibration import positions_of
 from resect.errors import NumericsError
 from resect.graph import Graph
 from resect.plan import Plan
@@ -83,7 +84,8 @@ def _inputs(model: nn.Module, graph: Graph, keep: Tensor | None, seed: int) -> t
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary:
         stays = torch.arange(vocabulary) if keep is None else keep
-        tokens = torch.randint(len(stays), SHAPE, generator=generator)
+        shape = (SHAPE[0], min(SHAPE[1], positions_of(model) or SHAPE[1]))
+        tokens = torch.randint(len(stays), shape, generator=generator)
         before, after = ({"input_ids": given.to(device), "use_cache": False} for given in (stays[tokens], tokens))
         return ((), before), ((), after)
 

@@ -36,7 +36,12 @@ SIZES = {
 }
 # What a module does not hand on to the one that stands in for it.
 OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl")
+# The parts of a record.
+KINDS = {"shapes": dict, "attributes": dict, "silent": dict, "gathered": dict, "removed": list}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What a stand-in may at most put out: zeros of so many channels, in a tuple of so many items.
+MOST_WIDTH = 2**24
+MOST_RETURNS = 64
 # Attributes by which the modules of a block know its number, and thereby its slot in the KV cache.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
@@ -48,6 +53,7 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     left has the right sizes and sane values, not the cut model's. Tied parameters stay tied. Raises `ValueError` when
     the record was made for another model.
     """
+    check(record)
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
     set_attributes(model, record["attributes"])
@@ -57,6 +63,52 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     return model
+
+
+def check(record: Record) -> None:
+    """Raises `ValueError` for a record whose parts are not of the types and sizes that surgery writes."""
+    if not isinstance(record, Mapping):
+        raise _damaged("it", record)
+    for key, kind in KINDS.items():
+        if not isinstance(record.get(key) or kind(), kind):
+            raise _damaged(key, record[key])
+    shapes, attributes, silent, gathered, removed = (record.get(key) or KINDS[key]() for key in KINDS)
+    for name, sizes in shapes.items():
+        if not _are_numbers(sizes) or min(sizes, default=0) < 0:
+            raise _damaged(f"the shape of {name}", sizes)
+    for module, values in attributes.items():
+        if not isinstance(values, Mapping):
+            raise _damaged(f"the attributes of {module}", values)
+        for name, value in values.items():
+            field = str(name).removeprefix("config.")
+            sound = value is None or isinstance(value, int | float) or _are_numbers(value)
+            if field.startswith("_") or not field.isidentifier() or not sound:
+                raise _damaged(f"{name} of {module}", value)
+    for name, values in silent.items():
+        _check_counts(f"the stand-in for {name}", values, {"width": (1, MOST_WIDTH), "returns": (0, MOST_RETURNS)})
+    for name, values in gathered.items():
+        given = {key: 0 if value is None else value for key, value in values.items()} if isinstance(values, Mapping) else values
+        _check_counts(f"what {name} keeps", given, {"rows": (0, MOST_WIDTH), "columns": (0, MOST_WIDTH)})
+    for name in removed:
+        if not isinstance(name, str) or not name.rpartition(".")[2].isdecimal():
+            raise _damaged("a removed block", name)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+
+
+def _check_counts(what: str, values: Any, limits: Mapping[str, tuple[int, int]]) -> None:
+    """Refuses anything but an object of exactly these whole numbers, each within its limits."""
+    if not isinstance(values, Mapping) or values.keys() != limits.keys():
+        raise _damaged(what, values)
+    for name, (least, most) in limits.items():
+        if type(values[name]) is not int or not least <= values[name] <= most:
+            raise _damaged(f"{name} of {what}", values[name])
+
+
+def _damaged(what: str, value: Any) -> ValueError:
+    return ValueError(f"The surgery record is damaged: {what[:300]} is {str(value)[:100]}.")
 
 
 def shorten(config: PreTrainedConfig, indices: Iterable[int], *, blocks: int) -> None:
@@ -104,6 +156,7 @@ class Resized:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         record = getattr(config, "resect", None) or {}
+        check(record)
         lengthen(config, removed_blocks(record)[1])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         resize(self, record)  # type: ignore[arg-type]
@@ -155,8 +208,8 @@ def _model_class(name: str, stock: type[PreTrainedModel]) -> type:
 
 def _localized(model: nn.Module, record: Record) -> Record:
     """The record in the names of `model`: those of a model with a head, or, below the prefix, of the bare one."""
-    keys = ("shapes", "attributes", "silent", "gathered", "removed")
-    shapes, attributes, silent, gathered, removed = (record.get(key) or {} for key in keys)
+    keys = tuple(KINDS)
+    shapes, attributes, silent, gathered, removed = (record.get(key) or KINDS[key]() for key in keys)
     prefix = getattr(model, "base_model_prefix", "")
     start = prefix + "."
     names = (*shapes, *attributes, *silent, *gathered, *removed)
@@ -227,6 +280,12 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
     for path, values in attributes.items():
         module = _submodule(model, path, path)
         fields = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}
+        known = {*vars(module), *(f"config.{name}" for name in fields if hasattr(getattr(module, "config", None), name))}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(
+                f"The surgery record sets {unknown[0]!r} of {path!r}, which the dense model has not. "
+                "The record belongs to another model."
+            )
         if fields:
             module.config = copy.copy(module.config)
         for name, value in fields.items():
