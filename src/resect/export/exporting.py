@@ -94,7 +94,7 @@ def export(
     with _claimed(form, output, overwrite, inputs) as target:
         asked = _asked(model, tokenizer, chosen, dtype, trust_remote_code, announce)
         form.check(asked)
-    check_vocabulary(asked.model, asked.tokenizer)
+        check_vocabulary(asked.model, asked.tokenizer)
         facts, verification = _written(form, asked, target, overwrite=overwrite, verify=verify, announce=announce)
     pushed = None
     if push_to_hub:
