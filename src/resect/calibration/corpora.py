@@ -10,6 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+LONGEST = 1 << 20
+"""Characters of a line above which it is cut."""
+SPLIT = 1 << 20
+"""Characters that are split in lines at a time."""
 _FIRST_LINE = re.compile(r"^.*\S.*$", re.MULTILINE)
 _ARTICLE = re.compile(r" ?= (?!= ).+(?<! =) = ?")
 """A WikiText level-one heading, `` = Robert Boulter = ``; deeper ones double the signs."""
@@ -59,15 +63,15 @@ def wikitext_lines(text: str) -> list[str]:
 def sections(text: str, characters: int) -> Iterator[str]:
     """Consecutive pieces of a long text; joined they are the text.
 
-    Cut at the first blank line after `characters`, or at any line end after twice as many. A text of up to twice that
-    size stays whole.
+    Cut at the first blank line after `characters`, or at any line end after twice as many; lines of more than `LONGEST`
+    are cut in their middle. A text of up to twice that size stays whole.
     """
     if len(text) <= 2 * characters:
         yield text
         return
     piece: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
+    for line in _short_lines(text, max(LONGEST, 2 * characters)):
         piece.append(line)
         size += len(line)
         if size >= 2 * characters or (size >= characters and not line.strip()):
@@ -75,6 +79,21 @@ def sections(text: str, characters: int) -> Iterator[str]:
             piece, size = [], 0
     if piece:
         yield "".join(piece)
+
+
+def _short_lines(text: str, longest: int) -> Iterator[str]:
+    """The lines of a text with their ends, long ones in parts."""
+    for line in text.splitlines(keepends=True) if len(text) <= longest else _split(text):
+        yield from (line[start : start + longest] for start in range(0, len(line), longest)) if len(line) > longest else (line,)
+
+
+def _split(text: str) -> Iterator[str]:
+    """What `splitlines(keepends=True)` gives, one by one."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + SPLIT) + 1 or len(text)
+        yield from text[start:end].splitlines(keepends=True)
+        start = end
 
 
 def _articles(rows: Iterable[str]) -> list[str]:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONG = 1 << 24
+"""Characters of a text that is tokenised whole, whatever the limit."""
+CHARACTERS_PER_TOKEN = 64
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A text to measure on, in the tokens of one tokenizer."""
@@ -29,8 +34,9 @@ class HeldOut:
 
 def held_out(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> HeldOut:
     """The `evaluation_tokens` of a text, and how many of its bytes each of them covers."""
-    tokens = evaluation_tokens(source, tokenizer, limit=limit)
-    return HeldOut(tokens, token_sizes(evaluation_text(source), tokenizer, len(tokens)))
+    text = evaluation_text(source)
+    tokens = _tokens(source, text, tokenizer, limit=limit)
+    return HeldOut(tokens, token_sizes(_enough(text, limit), tokenizer, len(tokens)))
 
 
 def token_sizes(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor | None:
@@ -55,12 +61,30 @@ def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, limit:
     with a blank line. A file whose first line is a WikiText heading (`` = Title = ``) is put in rows first, see
     `wikitext_rows`, so that the raw file and the hub's wikitext2 give the same text.
     """
+    _check_limit(limit)
+    return _tokens(source, evaluation_text(source), tokenizer, limit=limit)
+
+
+def _check_limit(limit: int | None) -> None:
     if limit is not None and whole("limit", limit, low=-MOST) < 2:
         raise UsageError(f"Evaluation was limited to {limit} tokens; perplexity needs at least 2.")
-    tokens = tokenizer(evaluation_text(source), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _tokens(source: str, text: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None) -> Tensor:
+    _check_limit(limit)
+    tokens = tokenizer(_enough(text, limit), add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < 2:
         raise DataError(f"{source!r} gives {len(tokens)} tokens to evaluate on, 2 are needed. Give a longer text.")
     return torch.tensor(tokens[:limit], dtype=torch.long)
+
+
+def _enough(text: str, limit: int | None) -> str:
+    """The front of a very long text that certainly holds the tokens of a limit, up to the end of a word; others whole."""
+    size = LONG if limit is None else max(LONG, CHARACTERS_PER_TOKEN * limit)
+    if limit is None or len(text) <= size:
+        return text
+    end = max(text.rfind(" ", 0, size), text.rfind("\n", 0, size))
+    return text[: end if end > size // 2 else size]
 
 
 def evaluation_text(source: str) -> str:

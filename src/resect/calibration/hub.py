@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from resect.calibration.corpora import Corpus, Rows
-from resect.errors import DataError, UsageError, nearest
+from resect.calibration.files import check_texts
+from resect.errors import DataError, UsageError, nearest, shown
 
 Taken = TypeVar("Taken")
 
@@ -105,7 +106,7 @@ def read_hub_rows(source: str, split: str) -> Rows:
     name = INSTRUCTIONS.get(source)
     chosen = replace(_described(name or source, split), rows=None if name else STREAMED_ROWS, column="")
     where = ":".join([chosen.path, chosen.config or "", chosen.splits[split]])
-    rows = _read(chosen, chosen.splits[split], where, lambda found: (dict(row) for row in found))
+    rows = _read(chosen, chosen.splits[split], where, lambda found: _whole_rows(found, where))
     return Rows(rows, {"kind": "hub", "path": chosen.path, "config": chosen.config, "split": chosen.splits[split]})
 
 
@@ -152,15 +153,22 @@ def _request(chosen: HubSet, split: str) -> dict[str, Any]:
 
 
 def _column(rows: Iterable[Mapping[str, object]], column: str, where: str) -> Iterable[str]:
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         text = row.get(column, row)
         if text is row:
-            raise DataError(f"data set {where} has no column {column!r}. Columns: {', '.join(map(repr, row))}.")
+            raise DataError(f"data set {where} has no column {column!r}. Columns: {shown(list(row))[1:].removesuffix(']')}.")
         if text is not None:
             if not isinstance(text, str):
                 found = type(text).__name__
                 raise DataError(f"data set {where}: column {column!r} holds a {found}, text was expected.")
+            check_texts(text, f"data set {where}, row {number}")
             yield text
+
+
+def _whole_rows(rows: Iterable[Mapping[str, object]], where: str) -> Iterable[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        check_texts(row, f"data set {where}, row {number}")
+        yield dict(row)
 
 
 def _first_line(error: Exception) -> str:

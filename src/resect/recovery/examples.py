@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -90,18 +92,20 @@ def packed(documents: Iterable[str], tokenizer: Any, *, length: int, counts: Cou
     """
     texts = [text for text in documents if text.strip()]
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else _encode("\n\n", tokenizer)
-    stream: list[int] = []
+    stream = array("q")  # eight bytes a token
     for start in range(0, len(texts), ENCODED_TOGETHER):
         some = tokenizer(texts[start : start + ENCODED_TOGETHER], add_special_tokens=False, verbose=False)["input_ids"]
-        stream += [token for tokens in some for token in [*tokens, *end]]
+        for tokens in some:
+            stream.extend(tokens)
+            stream.extend(end)
     windows = len(stream) // length
     counts.remainder = len(stream) - windows * length
     if counts.rows > len(texts):
         counts.skipped["no text"] = counts.rows - len(texts)
-    tokens = torch.tensor(stream[: windows * length], dtype=torch.long).view(windows, length)
-    labels = tokens.clone()
+    kept = torch.tensor(np.frombuffer(stream, dtype=np.int64)[: windows * length]).view(windows, length)
+    labels = kept.clone()
     labels[:, 0] = IGNORED
-    return [Example(*both) for both in zip(tokens, labels, strict=True)]
+    return [Example(*both) for both in zip(kept, labels, strict=True)]
 
 
 @dataclass(frozen=True)
