@@ -48,9 +48,12 @@ def explain(
 def from_json(kind: type[Model], text: str, what: str) -> Model:
     """A value of `kind` from its JSON; `UsageError` that says where it is not `what`, as in "This is not a plan"."""
     try:
+        plain_json(text)  # for NaN, which pydantic takes
         return kind.model_validate_json(text)
     except ValidationError as problem:
         raise UsageError(f"This is not {what}: {explain(problem, kind)}") from problem
+    except ValueError as problem:
+        raise UsageError(f"This is not {what}: {shown(str(problem))[1:-1]}.") from problem
 
 
 def plain_json(text: str | bytes) -> Any:

@@ -15,6 +15,7 @@ from resect.calibration.generated import start_token, write
 from resect.calibration.sources import SELF, read_corpus
 from resect.calibration.windows import Windows, crop, different, digest, pack
 from resect.errors import DataError, UsageError
+from resect.explain import telling
 from resect.ranges import seed_of, whole
 from resect.surroundings import unaffected
 
@@ -39,6 +40,7 @@ class Calibration:
     documents (how many gave a window), digest (sha256 of the tokens)."""
 
 
+@telling("read calibration text")
 @unaffected()
 def calibrate(
     source: str | Sequence[str] | None,

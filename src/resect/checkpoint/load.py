@@ -52,6 +52,7 @@ from resect.checkpoint.weights import (
 )
 from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, ResectWarning
 from resect.files import reading
+from resect.explain import telling
 from resect.surgery import modeling_resect
 from resect.surroundings import unaffected
 
@@ -61,6 +62,7 @@ SHOWN = 600
 """Characters of a foreign message that are repeated."""
 
 
+@telling("load the model")
 @unaffected()
 def load(
     name: str | Path,
@@ -84,6 +86,7 @@ def load(
     return loaded
 
 
+@telling("read the model's configuration")
 @unaffected("shapes")
 def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that `name` stands for on the meta device: shapes only, no weights are read or needed."""
@@ -95,6 +98,7 @@ def skeleton(name: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     return model
 
 
+@telling("load the tokenizer")
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to `name`, which means what it means to `load`."""
     source = find(name, weights=False)

@@ -23,6 +23,7 @@ from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import evaluating
+from resect.explain import telling
 from resect.files import check_directory, whole_directory
 from resect.surgery import modeling_resect
 from resect.surgery.adapters import check_merged
@@ -59,6 +60,7 @@ class Saved:
     parameters: int
 
 
+@telling("save the model")
 @unaffected()
 def save(
     model: PreTrainedModel,

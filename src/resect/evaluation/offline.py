@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from resect.calibration import package_root
-from resect.errors import DataError, UsageError, nearest
+from resect.errors import DataError, UsageError, nearest, no_text, shown
 from resect.evaluation.tasks import SEVEN, Item, Task
+from resect.explain import plain_json
 
 PREFIX = "demo:"
 REQUESTS = {
@@ -64,7 +65,11 @@ def from_file(name: str) -> Task:
     path = Path(name).expanduser()
     if not path.is_file():
         raise DataError(f"There is no file {path} of task items. Give a .jsonl file of {', '.join(FIELDS)}, or name a task.")
-    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1) if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{path} cannot be read as task items: {problem}. Give a .jsonl file: {', '.join(FIELDS)}.") from problem
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no items. Give a .jsonl file with one object a line: {', '.join(FIELDS)}.")
     return Task(path.stem, "acc", tuple(_checked(line, f"{path}, line {i}") for i, line in lines))
@@ -72,9 +77,9 @@ def from_file(name: str) -> Task:
 
 def _checked(line: str, where: str) -> Item:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise DataError(f"{where} is not JSON: {problem.msg} at character {problem.pos}.") from problem
+        row = plain_json(line)
+    except ValueError as problem:
+        raise DataError(f"{where} is not JSON: {shown(str(problem))[1:-1]}.") from problem
     query, choices, gold = map(row.get, FIELDS) if isinstance(row, dict) else (None, None, None)
     texts = choices if isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices) else []
     if not (isinstance(query, str) and len(texts) > 1 and type(gold) is int and 0 <= gold < len(texts)):
@@ -82,6 +87,9 @@ def _checked(line: str, where: str) -> Item:
             f"{where} is no item. One holds a text `query`, two or more texts `choices`, and `gold`, the number of the right "
             "choice, counted from 0."
         )
+    for text in (query, *texts):
+        if fault := no_text(text):
+            raise DataError(f"{where} holds {fault}, in {shown(text, 60)}. Take the item out, or write the character whole.")
     return _item(query, texts, gold)
 
 

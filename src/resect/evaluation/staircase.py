@@ -20,7 +20,6 @@ from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel
 from resect.errors import UsageError
 from resect.evaluation.latency import check_positions, next_tokens, now, prompts
 from resect.evaluation.mode import evaluating
+from resect.explain import from_json
 from resect.graph import DEPTH, Graph, Group
 from resect.plan import Cost, Kept, Plan, Workload
 from resect.ranges import Numbers, whole
@@ -127,10 +127,7 @@ class LatencyTable(Numbers):
     @classmethod
     def from_json(cls, text: str) -> LatencyTable:
         """Reads `to_json`; a malformed table is a `UsageError` that says where."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as problem:
-            raise UsageError(f"This is no latency table: {problem}") from problem
+        return from_json(cls, text, "a latency table")
 
 
 @unaffected()

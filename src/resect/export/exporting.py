@@ -18,6 +18,7 @@ from resect.checkpoint import load, load_tokenizer
 from resect.checkpoint.card import About, front_matter, tidy
 from resect.checkpoint.load import find
 from resect.errors import CheckpointError, ModelError, ResectError, UsageError, nearest
+from resect.explain import telling
 from resect.export import gguf_file, hf, onnx_graph, padded, torch_program
 from resect.export.formats import Asked, Format, quantisation, require
 from resect.export.hub import push
@@ -54,6 +55,7 @@ class Exported:
         return json.dumps({"schema_version": 1, "kind": "export", **asdict(self)}, indent=1) + "\n"
 
 
+@telling("export the model")
 @unaffected()
 def export(
     model: PreTrainedModel | str | Path,

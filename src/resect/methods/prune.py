@@ -19,7 +19,7 @@ from resect.calibration import calibrate, check_vocabulary, check_windows
 from resect.checkpoint import cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest
 from resect.evaluation import LatencyTable
-from resect.explain import explain
+from resect.explain import explain, telling
 from resect.files import temporary_folder
 from resect.files.progress import Progress, digest
 from resect.graph import VOCABULARY, Graph, trace
@@ -61,6 +61,7 @@ class Result:
     """What widths cost on this machine, where the budget was one of seconds."""
 
 
+@telling("prune the model")
 @unaffected("changes")
 def prune(
     model: nn.Module,

@@ -12,10 +12,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from resect.errors import NumericsError, UsageError
+from resect.explain import from_json
 from resect.plan.plan import Count
 
 Losses = Callable[[], Iterable[Float[Tensor, " any"]]]
@@ -69,10 +70,7 @@ class Pattern(BaseModel):
     @classmethod
     def from_json(cls, text: str) -> Pattern:
         """Reads `to_json`; a malformed pattern is a `UsageError` that says where."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as problem:
-            raise UsageError(f"This is not a pattern: {problem}") from problem
+        return from_json(cls, text, "a pattern")
 
 
 def lowest(losses: Losses, count: int) -> float:

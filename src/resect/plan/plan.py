@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from resect.errors import UsageError
+from resect.explain import from_json
 from resect.ranges import MOST
 
 Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
@@ -94,10 +95,7 @@ class Plan(BaseModel):
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Reads `to_json`; a malformed plan is a `UsageError` that says where."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as problem:
-            raise UsageError(f"This is not a plan: {problem}") from problem
+        return from_json(cls, text, "a plan")
 
 
 def keep_all(groups: Iterable[Any]) -> Plan:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resect.checkpoint import load, load_tokenizer
+from resect.explain import telling
 from resect.files import claimed_directory, whole_directory
 from resect.methods import Knowledge, analyze
 from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS, check_analysis
@@ -14,6 +15,7 @@ from resect.report import knowledge_html, knowledge_markdown, knowledge_png
 from resect.surroundings import unaffected
 
 
+@telling("analyse the model")
 @unaffected()
 def analysis(
     name: str,

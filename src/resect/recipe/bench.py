@@ -22,6 +22,7 @@ from resect.evaluation import (
     paired_ratio,
     parameter_count,
 )
+from resect.explain import telling
 from resect.files import claimed_directory, whole_directory
 from resect.graph import Graph, trace
 from resect.plan import PHASES, Workload, macs_of
@@ -35,6 +36,7 @@ PER_TOKEN = 512
 """Tokens of the prompt whose multiply-accumulates are given for each token."""
 
 
+@telling("time the models")
 @unaffected()
 def bench(
     names: Sequence[str],

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from resect.errors import DataError, UsageError
+from resect.errors import DataError, UsageError, shown
+from resect.explain import explain, plain_json, telling
 from resect.files import check_file, whole_file
 from resect.report import Comparison, EvaluationReport, RunReport, comparison, comparison_html, is_page
 
 READ: dict[str, type[RunReport] | type[EvaluationReport]] = {"run": RunReport, "evaluation": EvaluationReport}
 
 
+@telling("compare the runs")
 def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison:
     """Puts runs side by side: run directories, their `report.json`, or what `resect evaluate --json` printed.
 
@@ -26,7 +27,16 @@ def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison
         check_file(output, overwrite=True, alike=is_page, inputs=runs)
     if len(set(runs)) < len(runs):
         raise UsageError("A run was named twice. Name each once.")
-    found = comparison({_short(run, runs): _read(run) for run in runs})
+    read = {_short(run, runs): _read(run) for run in runs}
+    try:
+        found = comparison(read)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
+        if isinstance(problem, UsageError):
+            raise
+        raise DataError(
+            f"The reports of {', '.join(map(shown, runs))} lack what a comparison shows, or contradict themselves "
+            f"({type(problem).__name__}: {shown(str(problem))[1:-1]}). Name reports as resect wrote them."
+        ) from problem
     if output is not None:
         with whole_file(output, overwrite=True, alike=is_page, inputs=runs) as partial:
             partial.write_text(comparison_html(found), encoding="utf-8")
@@ -40,21 +50,25 @@ def _short(run: str, runs: Sequence[str]) -> str:
 
 
 def _read(run: str) -> RunReport | EvaluationReport:
-    path = Path(run).expanduser()
-    file = path / "report.json" if path.is_dir() else path
+    file = Path(run)
     try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise DataError(f"{file} cannot be read as a report: {problem}. Name a run directory or a report.json.") from problem
-    kind = values.get("kind") if isinstance(values, dict) else None
+        path = file.expanduser()
+        file = path / "report.json" if path.is_dir() else path
+        values: Any = plain_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError) as problem:
+        said = problem.strerror if isinstance(problem, OSError) else shown(str(problem))[1:-1]
+        raise DataError(
+            f"{shown(str(file))} cannot be read as a report: {said}. Name a run directory or a report.json."
+        ) from problem
+    kind = str(values.get("kind")) if isinstance(values, dict) else None
     if kind == "recovery":
         raise UsageError(
             f"{run} is a recovery, which measures its own held-out text alone. Measure it beside the others, "
             f"`resect evaluate DENSE {run} --text TEXT --json > FILE`, and compare FILE."
         )
     if kind not in READ:
-        raise UsageError(f"{file} is not the report of a run or an evaluation (its kind is {kind!r}).")
+        raise UsageError(f"{file} is not the report of a run or an evaluation (its kind is {shown(kind)}).")
     try:
         return READ[kind].model_validate(values)
     except ValidationError as problem:
-        raise DataError(f"{file} was written by another version, or is damaged: {problem}.") from problem
+        raise DataError(f"{file} was written by another version, or is damaged: {explain(problem, READ[kind])}") from problem

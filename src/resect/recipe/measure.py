@@ -33,6 +33,7 @@ from resect.evaluation import (
     perplexity,
     tasks_named,
 )
+from resect.explain import telling
 from resect.graph import VOCABULARY, Graph
 from resect.methods import Result
 from resect.plan import Plan
@@ -91,6 +92,7 @@ class Observed:
     answers: Sequence[Answers] = ()
 
 
+@telling("evaluate the models")
 @unaffected()
 def evaluate(
     names: Sequence[str],
@@ -341,6 +343,7 @@ def weight_bytes(name: str) -> int | None:
     return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else None
 
 
+@telling("load the models")
 @unaffected()
 def conversations(
     names: Sequence[str],

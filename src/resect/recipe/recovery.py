@@ -23,7 +23,7 @@ from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
 from resect.environment import processes
 from resect.errors import CheckpointError, UsageError, shown
-from resect.explain import explain
+from resect.explain import explain, telling
 from resect.files import beside, claimed_directory, read_text, whole_directory
 from resect.files.outputs import located, remove
 from resect.graph import trace
@@ -94,6 +94,7 @@ def read_recovery_recipe(
     return recipe
 
 
+@telling("carry out the recovery")
 @unaffected()
 def run_recovery(
     recipe: RecoveryRecipe, *, overwrite: bool = False, resume: bool = False, announce: Announce | None = None

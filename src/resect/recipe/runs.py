@@ -18,6 +18,7 @@ from resect.checkpoint.shipped import own_code_refusal, shipped_code
 from resect.environment import processes, tell_precision
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
+from resect.explain import telling
 from resect.files import claimed_directory, whole_directory, write_text
 from resect.files.outputs import remove
 from resect.graph import Graph
@@ -63,6 +64,7 @@ class RunResult:
     """Pruned; still dense after a dry run."""
 
 
+@telling("carry out the recipe")
 @unaffected()
 def run(
     recipe: Recipe,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from resect.calibration import check_length, check_vocabulary
 from resect.environment import processes, recipe_decides, tell_precision
 from resect.errors import CheckpointError, DamagedProgress, ResectWarning, UsageError
+from resect.explain import telling
 from resect.files import temporary_folder
 from resect.files.progress import claim, damaged_message, digest, noting_progress
 from resect.ranges import seed_of
@@ -49,6 +50,7 @@ class Recovered:
     facts: Facts
 
 
+@telling("train the model")
 @unaffected("changes")
 def recover(
     model: PreTrainedModel,

@@ -10,14 +10,13 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
 from rich import box
 from rich.console import Group as Parts
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from resect.errors import UsageError
+from resect.explain import from_json
 from resect.report.figures import brief
 from resect.report.parts import Table as Rows
 from resect.report.parts import markdown
@@ -77,10 +76,7 @@ class Knowledge(Record):
     @classmethod
     def from_json(cls, text: str) -> Knowledge:
         """Reads `to_json`; anything else is a `UsageError` that says where."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as problem:
-            raise UsageError(f"This is not an analysis: {problem}") from problem
+        return from_json(cls, text, "an analysis")
 
     @property
     def kinds(self) -> list[str]:
