@@ -1,4 +1,7 @@
-"""What others refuse, in our words: pydantic, with the dotted place and the nearest valid name; and the operating system."""
+"""What others refuse, in our words: pydantic, with the dotted place and the nearest valid name; and the operating system.
+
+Beside that, what strangers wrote, as Markdown may hold it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from resect.errors import CheckpointError, OutOfMemory, ResectError, UsageError, nearest, shown
+from resect.errors import CheckpointError, OutOfMemory, ResectError, UsageError, nearest, printable, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -182,3 +185,19 @@ def _below(kind: type[BaseModel], name: str) -> list[str]:
     """Where a key stands in the sections of a section, as dotted places."""
     inner = [(key, one) for key in kind.model_fields for one in _sections(kind, key)]
     return [f"{key}.{name}" for key, one in inner if name in one.model_fields]
+
+
+def inline(text: str) -> str:
+    """Text on one line that does not end a table cell, and holds no HTML, links or pictures."""
+    return plain_text(" ".join(text.split())).replace("|", "\\|")
+
+
+def plain_text(text: str) -> str:
+    """Text in Markdown of which nothing becomes HTML, a link or a picture; control characters are shown."""
+    without = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text)).replace("<", "&lt;")
+    return re.sub(r"\](?=[(:\[])", "\\]", without)
+
+
+def code(text: object) -> str:
+    """Text between backticks, on one line, which nothing in it can end."""
+    return f"`{printable(' '.join(str(text).split())).replace('`', chr(39))}`"

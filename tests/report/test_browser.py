@@ -14,6 +14,7 @@ import pytest
 from resect.report import comparison, comparison_html, recovery_html, run_html
 from tests.report.made import full_run, recovered
 from tests.report.test_compare import a_run
+from tests.report.test_hostile import PAGES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 MISSING = "no Chromium is installed" if CHROMIUM is None else "the Python package playwright is not installed"
@@ -117,4 +118,32 @@ def test_it_fits_a_phone(browser: Any, file: Path, tmp_path: Path, name: str) ->
         part.click()
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
     assert tab.complaints == []
+    tab.context.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_script_of_a_stranger_runs(browser: Any, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(PAGES[name](), encoding="utf-8")
+    tab = Tab(browser, file)
+    assert tab.drawn() > 0
+    for part in tab.page.locator("summary").all():
+        part.click()
+    for chart in tab.page.locator(".main-svg").all():
+        chart.hover(force=True)
+    assert tab.page.evaluate("window.ran") is None
+    assert tab.page.evaluate("document.querySelectorAll('main a, img, iframe, .main-svg a').length") == 0
+    assert [url for url in tab.requests if not url.startswith("data:")] == [file.as_uri()]
+    assert tab.complaints == []
+    tab.context.close()
+
+
+def test_a_script_that_got_into_a_page_would_not_run(browser: Any, file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    injected = '<script>window.ran=1</script><img src=x onerror="window.ran=1"><main id="content"'
+    page.write_text(file.read_text(encoding="utf-8").replace('<main id="content"', injected), encoding="utf-8")
+    tab = Tab(browser, page)
+    assert tab.drawn() == 8
+    assert tab.page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in complaint for complaint in tab.complaints)
     tab.context.close()

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from resect.explain import code, inline
+
 STOCK = """model = AutoModelForCausalLM.from_pretrained(directory)"""
 SHIPPED = """# Its layers have sizes of their own; modeling_resect.py, beside it, builds them. Read it, then trust it.
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)"""
@@ -32,9 +34,10 @@ class About:
         """What report.json of a run directory says; nothing where there is none."""
         try:
             report = json.loads((Path(directory) / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return cls()
-        return cls(report.get("recipe") or {}, report) if isinstance(report, dict) else cls()
+        recipe = report.get("recipe") if isinstance(report, dict) else None
+        return cls(recipe, report) if isinstance(recipe, dict) else cls()
 
     @property
     def base_model(self) -> str | None:
@@ -44,24 +47,28 @@ class About:
 
     def lines(self) -> list[str]:
         """Markdown: model, method, budget, calibration, evaluation."""
-        return [*self._making(), *(self.after or self._measured())]
+        try:
+            return [*self._making(), *(self.after or self._measured())]
+        except (LookupError, TypeError, ValueError, AttributeError):  # the report of another version, or none of ours
+            return list(self.after)
 
     def _making(self) -> Iterator[str]:
         recipe, text = self.recipe, self.report.get("calibration")
         if not recipe:
             return
-        yield f"* Base model: `{recipe.get('model')}`"
+        yield f"* Base model: {code(recipe.get('model'))}"
         if "method" in recipe:
             criterion = (recipe.get("settings") or {}).get("criterion")
-            named = f", criterion `{criterion}`" if criterion else ""
-            yield f"* Method: `{recipe['method']}`{named}, {recipe.get('layout')} layout"
+            named = f", criterion {code(criterion)}" if criterion else ""
+            yield f"* Method: {code(recipe['method'])}{named}, {inline(str(recipe.get('layout')))} layout"
         if recipe.get("budget"):
-            yield f"* Budget: `{recipe['budget']}`"
+            yield f"* Budget: {code(recipe['budget'])}"
         elif "keep" in recipe:
-            yield f"* Budget: {recipe['keep']:.0%} of {recipe.get('of')} kept"
+            yield f"* Budget: {recipe['keep']:.0%} of {inline(str(recipe.get('of')))} kept"
         if text:
             source = ", ".join(text.get("source") or []) or "text that the model wrote itself"
-            yield f"* Calibration: {source}, {text.get('samples')} x {text.get('length')} tokens, seed {text.get('seed')}"
+            size = f"{text.get('samples')} x {text.get('length')} tokens, seed {text.get('seed')}"
+            yield f"* Calibration: {inline(f'{source}, {size}')}"
 
     def _measured(self) -> Iterator[str]:
         models = {model["name"]: model for model in self.report.get("models") or []}
@@ -72,7 +79,7 @@ class About:
         before = dict(_figures(dense))
         yield from ("", "| evaluation | dense | pruned |", "|---|---|---|")
         for figure, value in rows.items():
-            yield f"| {figure} | {before.get(figure, '-')} | {value} |"
+            yield f"| {inline(figure)} | {before.get(figure, '-')} | {value} |"
 
 
 def _figures(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,7 +99,7 @@ def card(saved: Any, *, has_tokenizer: bool, about: About | None = None) -> str:
         front_matter(about),
         "# A model with parts removed",
         "",
-        f"{saved.parameters:,} parameters; model type `{saved.model_type}`{_relabelled(saved)}.",
+        f"{saved.parameters:,} parameters; model type {code(saved.model_type)}{_relabelled(saved)}.",
         _sizes(saved),
         "",
         *about.lines(),
@@ -137,11 +144,11 @@ def tidy(lines: list[str]) -> str:
 
 
 def _relabelled(saved: Any) -> str:
-    return f" (the same mathematics as the dense model's `{saved.relabelled_from}`)" if saved.relabelled_from else ""
+    return f" (the same mathematics as the dense model's {code(saved.relabelled_from)})" if saved.relabelled_from else ""
 
 
 def _sizes(saved: Any) -> str:
     if saved.layout != "uniform":
-        return f"No stock configuration describes it: {saved.reason}."
-    changes = ", ".join(f"`{name}` {value}" for name, value in saved.changes.items())
+        return f"No stock configuration describes it: {inline(str(saved.reason))}."
+    changes = ", ".join(f"{code(name)} {inline(str(value))}" for name, value in saved.changes.items())
     return f"A stock configuration describes it{': ' + changes if changes else ''}."

@@ -51,8 +51,8 @@ from resect.checkpoint.weights import (
     weight_files,
 )
 from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, ResectWarning
-from resect.files import reading
 from resect.explain import telling
+from resect.files import reading
 from resect.surgery import modeling_resect
 from resect.surroundings import unaffected
 

@@ -42,7 +42,7 @@ class Answer:
 
     def announce(self, what: str) -> None:
         """Says on stderr what begins, and how long the command has been running."""
-        console(stderr=True).print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(what)}")
+        console(stderr=True).print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(what)}", markup=True)
 
     def give(self, as_json: str, *shown: RenderableType) -> None:
         """The result: a JSON object for machines, and what people see instead."""
@@ -152,16 +152,16 @@ def _warn(
 ) -> None:
     """Ours in a line of their own, others as Python shows them."""
     if issubclass(category, ResectWarning):
-        console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+        console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, markup=True)
     else:
         sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
 def _say(refusal: Refusal, *, as_json: bool) -> None:
     out = console(stderr=True)
-    out.print(f"[bold red]{refusal.word}:[/] {escape(refusal.message)}", soft_wrap=True)
+    out.print(f"[bold red]{refusal.word}:[/] {escape(refusal.message)}", soft_wrap=True, markup=True)
     for note in refusal.notes:
-        out.print(escape(note), soft_wrap=True)
+        out.print(note, soft_wrap=True)
     if as_json:
         said = {"type": refusal.kind, "message": refusal.message, "notes": list(refusal.notes)}
         print(json_line(json.dumps({"error": said}, ensure_ascii=False)))

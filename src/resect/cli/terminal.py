@@ -19,7 +19,7 @@ COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 class Plain(Console):
-    """A console that shows control characters of what it prints, and reads no names of pictures (`:x:`) in it."""
+    """A console that shows control characters of what it prints."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of text without control characters; those that rich itself makes (`control`) stay."""
@@ -69,10 +69,10 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def console_on(stream: TextIO, *, soft_wrap: bool = False) -> Console:
-    """A console on a stream."""
+    """A console on a stream; it reads no markup and no names of pictures (`:x:`) in what it prints."""
     inner = stream.stream if isinstance(stream, Guarded) else stream
     width = None if inner.isatty() else WIDTH
-    return Plain(file=inner, width=width, highlight=False, emoji=False, soft_wrap=soft_wrap)
+    return Plain(file=inner, width=width, highlight=False, emoji=False, markup=False, soft_wrap=soft_wrap)
 
 
 def json_line(text: str) -> str:

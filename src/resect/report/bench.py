@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from resect.explain import inline
 from resect.report.figures import metric
 from resect.report.results import Measurements, Record
 
@@ -109,16 +110,16 @@ def bench_table(report: BenchReport) -> Group:
 
 def bench_markdown(report: BenchReport) -> str:
     """The same as Markdown."""
-    lines = ["# bench", "", *(f"- {line}" for line in _about(report)), ""]
+    lines = ["# bench", "", *(f"- {inline(line)}" for line in _about(report)), ""]
     lines += [_line(["", "model", *COLUMNS]), "|" + "---|" * (len(COLUMNS) + 2)]
     for row in report.rows:
         first = _first(report, row)
         lines.append(_line([row.work if first else "", row.model, *_cells(row, first=first)]))
-    return "\n".join([*lines, "", NOTE, "", _measured(report)]) + "\n"
+    return "\n".join([*lines, "", NOTE, "", inline(_measured(report))]) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(inline, cells)) + " |"
 
 
 def _about(report: BenchReport) -> list[str]:

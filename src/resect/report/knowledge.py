@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from resect.explain import from_json
+from resect.explain import from_json, inline
 from resect.report.figures import brief
 from resect.report.parts import Table as Rows
 from resect.report.parts import markdown
@@ -115,9 +115,9 @@ def knowledge_table(found: Knowledge) -> Parts:
 
 def knowledge_markdown(found: Knowledge) -> str:
     """All groups, the dearest first, and how they were measured."""
-    parts = [f"# {knowledge_title(found)}", "![perplexity by block](analysis.png)", knowledge_note(found)]
+    parts = [f"# {inline(knowledge_title(found))}", "![perplexity by block](analysis.png)", inline(knowledge_note(found))]
     parts.append(markdown(knowledge_all(found)))
-    made = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    made = inline(", ".join(f"{name} {version}" for name, version in found.versions.items()))
     return "\n\n".join([*parts, f"{found.seconds:.1f} seconds. {made}."]) + "\n"
 
 

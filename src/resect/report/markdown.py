@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from resect.explain import inline, plain_text
 from resect.report.layers import bar, kinds_of, layer_rows, spans
-from resect.report.parts import Table, bullets, inline, markdown
+from resect.report.parts import Table, bullets, markdown
 from resect.report.recovery import facts_markdown
 from resect.report.results import RunReport
 from resect.report.sections import checks, curve, headline, made_with, perplexity_note, prices, scores, seconds, shots
@@ -15,12 +16,12 @@ from resect.report.words import STATUS, asked, budget_lines, kept_shares, protec
 def run_markdown(report: RunReport) -> str:
     """What was asked, before and after, what every layer keeps, and everything needed to judge and repeat it."""
     parts = [
-        f"# {asked(report)}",
+        f"# {inline(asked(report))}",
         STATUS[report.status],
-        f"Kept: {kept_shares(report)}.",
+        f"Kept: {inline(kept_shares(report))}.",
         markdown(headline(report)),
-        f"Seed {report.recipe['seed']}. {perplexity_note(report)}",
-        " ".join(checks(report)),
+        f"Seed {report.recipe['seed']}. {inline(perplexity_note(report))}",
+        inline(" ".join(checks(report))),
         "## What every layer keeps",
         _layers(report),
         *_withheld(report),
@@ -45,7 +46,7 @@ def run_markdown(report: RunReport) -> str:
 
 def _titled(title: str, table: Table | None) -> list[str]:
     """A table under a heading, with its caption; nothing where there is none."""
-    return [f"## {title}", f"{table.caption}.", markdown(table)] if table else []
+    return [f"## {title}", f"{inline(table.caption)}.", markdown(table)] if table else []
 
 
 def _layers(report: RunReport) -> str:
@@ -74,16 +75,16 @@ def _generations(report: RunReport) -> list[str]:
     parts = ["## Greedy continuations"]
     for place, prompt in enumerate(report.prompts):
         parts.append(f"**{inline(prompt)}**")
-        parts += [f"*{model.name}*\n{_quoted(model.generations[place])}" for model in report.models if model.generations]
+        parts += [f"*{inline(model.name)}*\n{_quoted(model.generations[place])}" for model in report.models if model.generations]
     return parts
 
 
 def _calibration(report: RunReport) -> str:
     if report.calibration is None:
-        return provenance(report)
+        return inline(provenance(report))
     facts = json.dumps(report.calibration, indent=1, ensure_ascii=False)
-    return f"{provenance(report)}\n\n```json\n{facts}\n```"
+    return f"{inline(provenance(report))}\n\n```json\n{facts}\n```"
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.strip().splitlines() or [""])
+    return "\n".join(f"> {plain_text(line)}" for line in text.strip().splitlines() or [""])

@@ -6,6 +6,8 @@ light and in dark.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
+TAGS = re.compile(r"<(?!/?(b|br|sup)>)")
+"""The beginning of any tag but those that titles and labels of charts hold."""
 GENERATOR = '<meta name="generator" content="resect">'
 """What every page says of itself."""
 
@@ -139,6 +143,8 @@ def page(*, title: str, lead: Sequence[str], tiles: Sequence[Tile], parts: Seque
     shown = [part for part in parts if part]
     drawn = [chart for part in shown for chart in part.charts]
     specs = [{"name": chart.name, "traces": chart.traces, "layout": chart.layout} for chart in drawn]
+    plotly: str = get_plotlyjs() if drawn else ""
+    script = _templates().get_template("script.js").render()
     text: str = _templates().get_template("page.html.j2").render(
         title=title,
         lead=[line for line in lead if line],
@@ -146,9 +152,16 @@ def page(*, title: str, lead: Sequence[str], tiles: Sequence[Tile], parts: Seque
         sections=shown,
         figures=figures,
         charts=_embedded(specs) if drawn else "",
-        plotly=get_plotlyjs() if drawn else "",
+        plotly=plotly,
+        script=script,
+        hashes=" ".join(_hash(one) for one in (script, plotly) if one),
     )
     return text
+
+
+def _hash(script: str) -> str:
+    """A script as a policy of content names it: no other runs in the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def present(*charts: Any) -> list[Any]:
@@ -173,17 +186,19 @@ def joined(text: str) -> str:
 
 
 def _embedded(values: Any) -> str:
-    """JSON that no text in it can end the script element of."""
-    text = json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON that no text in it can end the script element of; of HTML, charts get the marks that they are made of."""
+    text = json.dumps(_drawable(values), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that are not finite."""
+def _drawable(value: Any) -> Any:
+    """The same with null for numbers that are not finite, and in texts no formulas, nor tags but plotly's plain ones."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _drawable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_drawable(inner) for inner in value]
+    if isinstance(value, str):
+        return TAGS.sub("&lt;", value).replace("$", "&#36;")  # between two of these plotly reads formulas
     return None if isinstance(value, float) and value - value != 0 else value
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from resect.explain import inline
+
 GAP = 0.13
 """Between panels, as a share of a chart's height for two of them."""
 
@@ -113,8 +115,3 @@ def markdown(table: Table) -> str:
 def bullets(lines: Iterable[str]) -> str:
     """Lines as a list in Markdown."""
     return "\n".join(f"* {inline(line)}" for line in lines)
-
-
-def inline(text: str) -> str:
-    """Text on one line that does not end a table cell."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.text import Text
 from rich.tree import Tree
 
+from resect.errors import printable
 from resect.report.inspection import FrozenRow, Inspection, MemberRow, UnitRow
 from resect.report.layers import spans
 
@@ -201,5 +202,5 @@ def _within(member: MemberRow, numbers: tuple[int, ...]) -> bool:
 
 def _quoted(text: str) -> str:
     """A string of the dot language."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from resect.explain import inline
 from resect.recovery import Facts
 from resect.report.charts import losses_table
 from resect.report.machine import machine, versions
@@ -52,7 +53,7 @@ def recovery_tables(report: RecoveryReport) -> Group:
 
 def recovery_markdown(report: RecoveryReport) -> str:
     """The same, with the loss over steps and everything needed to judge and repeat it."""
-    parts = [f"# {recovery_asked(report)}", *recovery_lines(report), *facts_markdown(report.facts)]
+    parts = [f"# {inline(recovery_asked(report))}", *map(inline, recovery_lines(report)), *facts_markdown(report.facts)]
     parts += ["## Seconds", markdown(seconds(report.seconds)), "## Made with", markdown(made_with(report))]
     return "\n\n".join(parts) + "\n"
 
@@ -68,13 +69,13 @@ def facts_tables(facts: Facts) -> list[RenderableType]:
 
 def facts_markdown(facts: Facts, *, level: str = "##") -> list[str]:
     """The same as Markdown, with the loss over steps; headings have this level."""
-    parts = [markdown(facts_losses(facts)), *facts_lines(facts)]
+    parts = [markdown(facts_losses(facts)), *map(inline, facts_lines(facts))]
     if facts.rounds:
         rounds = facts_rounds(facts)
         parts += [f"{level} {rounds.caption}", markdown(rounds)]
     parts.append(f"{level} Loss over steps")
     for training in facts.trainings:
-        parts += [f"{level}# {training.name}", markdown(losses_table(training.losses, training.held_out))]
+        parts += [f"{level}# {inline(training.name)}", markdown(losses_table(training.losses, training.held_out))]
     return parts
 
 
@@ -86,7 +87,7 @@ def recovery_asked(report: RecoveryReport) -> str:
 def recovery_card(report: RecoveryReport) -> list[str]:
     """Lines for the card of the model: what it was trained on, and what it predicts of what was held out."""
     sources = ", ".join(counts.source for counts in report.facts.sources)
-    return [f"* Recovered: on {_training(report)} of {sources}", "", markdown(facts_losses(report.facts))]
+    return [f"* Recovered: on {inline(f'{_training(report)} of {sources}')}", "", markdown(facts_losses(report.facts))]
 
 
 def _training(report: RecoveryReport) -> str:
