@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from resect.report import (
     comparison_html,
     knowledge_html,
     knowledge_markdown,
+    knowledge_png,
     run_html,
     run_markdown,
 )
@@ -114,6 +116,10 @@ def test_texts_are_text_in_markdown(text: str) -> None:
     assert rows
 
 
+def test_a_picture_reads_no_formulas() -> None:
+    assert knowledge_png(nasty_knowledge(), dpi=20).startswith(b"\x89PNG")
+
+
 def test_a_cell_stays_a_cell() -> None:
     assert inline("a | b\n# c <b>") == "a \\| b # c &lt;b>"
     assert inline("[a](b) [a][b] [a]: b &amp; &") == "[a\\](b) [a\\][b] [a\\]: b &amp;amp; &"
@@ -130,7 +136,8 @@ def test_the_card_of_a_strangers_run(tmp_path: Path) -> None:
     front = front_matter(about, **{"extra": f'--- "{NASTY}\n---\n: '})
     (said,) = yaml.safe_load_all(front.removeprefix("---\n").removesuffix("---"))
     assert set(said) == {"library_name", "pipeline_tag", "tags", "extra"}
-    for odd in ([], "x", {"recipe": {"model": "m", "keep": "much", "method": 3}}, {"recipe": 3}, {"models": [3]}):
+    several: list[Any] = [[], "x", {"recipe": {"model": "m", "keep": "much", "method": 3}}, {"recipe": 3}, {"models": [3]}]
+    for odd in several:
         (tmp_path / "report.json").write_text(json.dumps(odd))
         assert About.of(tmp_path).lines() == []
         assert yaml.safe_load(front_matter(About.of(tmp_path)).strip("-"))
@@ -161,8 +168,9 @@ def test_every_part_of_a_report_may_be_missing_or_wrong(tmp_path: Path) -> None:
     good = tmp_path / "good.json"
     good.write_text(json.dumps(report))
     file = tmp_path / "other.json"
+    wrong: list[Any] = [None, [], {}, "x", -1, 1e308, [None]]
     for key in report:
-        for value in (None, [], {}, "x", -1, 1e308, [None]):
+        for value in wrong:
             file.write_text(json.dumps(report | {key: value}))
             with suppress(ResectError):
                 compare([str(good), str(file)], tmp_path / "page.html")

@@ -17,9 +17,10 @@ from functools import cached_property
 from itertools import islice, pairwise
 from math import ceil, log2
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -50,10 +51,16 @@ class Steps(Numbers):
     """Groups that are alike, and the seconds of the module around one of them by the number of units that stay."""
 
     kind: str
-    units: int
+    units: int = Field(ge=1)
     homes: dict[str, str]
     """The module around every group, by the group's name."""
-    seconds: dict[int, float]
+    seconds: dict[int, Annotated[float, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Steps:
+        if self.units not in self.seconds or min(self.seconds) < 0 or max(self.seconds) > self.units:
+            raise ValueError(f"seconds are of numbers of units from 0 to {self.units}, all of them among these.")
+        return self
 
     @cached_property
     def edges(self) -> list[int]:
@@ -78,7 +85,7 @@ class LatencyTable(Numbers):
     device: str
     dtype: str
     threads: int
-    seconds: float
+    seconds: float = Field(gt=0)
     """Of the whole dense network."""
     families: tuple[Steps, ...]
     machine: dict[str, Any] = {}

@@ -7,11 +7,13 @@ logarithm where they are large, and falls below zero.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import asinh
 from typing import TYPE_CHECKING, Any
 
+from resect.errors import printable
 from resect.report.charts import MARKS
 from resect.report.figures import brief
 from resect.report.knowledge import GroupKnowledge, Knowledge, knowledge_all, percent
@@ -79,9 +81,11 @@ def knowledge_png(found: Knowledge, *, dpi: int = 150) -> bytes:
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 6), frameon=False, fontsize=8.5
     )
-    figure.suptitle(_title(found), x=0.01, ha="left", fontsize=10.5)
+    figure.suptitle(printable(_title(found)), x=0.01, ha="left", fontsize=10.5, parse_math=False)
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a font has not all characters of all names
+        figure.savefig(out, format="png")
     return out.getvalue()
 
 
@@ -100,7 +104,7 @@ def _draw(axis: Axes, panel: Panel, found: Knowledge) -> None:
             axis.axhline(_height(found, group, place), color=colour, linestyle=":", linewidth=1.6)
     axis.axhline(0, color=DENSE, linestyle="--", linewidth=1, label=_dense(found))
     axis.set_ylabel(RISE)
-    axis.set_title(_heading(panel), loc="left", fontsize=10, fontweight="bold")
+    axis.set_title(printable(_heading(panel)), loc="left", fontsize=10, fontweight="bold", parse_math=False)
     axis.grid(axis="y", color="#e2e2e2", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
