@@ -259,7 +259,7 @@ def _describe(saved: Saved, record: Record) -> str:
     """`resect.json`: how the directory was made."""
     facts = asdict(replace(saved, directory="."))
     del facts["directory"]
-    return json.dumps({"format": FORMAT, **facts, "record": record}, indent=1) + "\n"
+    return json.dumps({"format": FORMAT, **facts, "threads": torch.get_num_threads(), "record": record}, indent=1) + "\n"
 
 
 def _write(directory: Path, name: str, text: str) -> None:

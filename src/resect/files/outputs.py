@@ -37,8 +37,14 @@ def located(output: str | Path) -> Path:
     """The absolute path of an output, links followed. Raises `CheckpointError` for names that no file can have."""
     try:
         return Path(output).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as problem:  # a link to itself, an unknown user, a NUL
-        raise CheckpointError(f"Asked to write to {str(output)!r}; {problem}. Name another place.") from problem
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as problem:  # a link to itself, an unknown user, a NUL
+        raise CheckpointError(
+            f"Asked to write to {str(output)!r}; {problem}. Name another place."
+        ) from problem
 
 
 def beside(output: Path, name: str) -> Path:
@@ -158,12 +164,20 @@ def _take_back(partial: Path, target: Path) -> None:
 def _siblings(target: Path, kind: str) -> list[Path]:
     """What lies beside an output under one of the names that `sibling` makes."""
     start = sibling(target, kind, "").name
-    return sorted(path for path in sibling(target, kind, "").parent.iterdir() if _is_sibling(path.name, start, target.suffix))
+    return sorted(
+        path
+        for path in sibling(target, kind, "").parent.iterdir()
+        if _is_sibling(path.name, start, target.suffix)
+    )
 
 
 def _is_sibling(name: str, start: str, suffix: str) -> bool:
     token = name[len(start) :].removesuffix(suffix)
-    return name.startswith(start) and len(token) == TOKEN and all(letter in "0123456789abcdef" for letter in token)
+    return (
+        name.startswith(start)
+        and len(token) == TOKEN
+        and all(letter in "0123456789abcdef" for letter in token)
+    )
 
 
 def sibling(target: Path, kind: str, token: str | None = None) -> Path:
@@ -201,7 +215,9 @@ def make_parents(parent: Path) -> list[Path]:
         missing = [path for path in (parent, *parent.parents) if not path.exists()]
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise CheckpointError(f"Asked to write below {parent}; {_said(problem)}. Name another directory.") from problem
+        raise CheckpointError(
+            f"Asked to write below {parent}; {_said(problem)}. Name another directory."
+        ) from problem
     return missing
 
 
@@ -226,7 +242,11 @@ def contents(directory: Path) -> list[str]:
 
 def foreign(directory: Path) -> list[str]:
     """The files of a directory, relative to it, that no run of resect wrote there: all of them, where none did."""
-    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not _is_folder(path))
+    files = sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if not _is_folder(path)
+    )
     listed = _listed(directory)
     partials = {f".{name}.partial" for name in listed}  # of `write_text` in a process that died
     own = {MANIFEST, *listed, *partials} if listed else set()
@@ -249,7 +269,9 @@ def _is_folder(path: Path) -> bool:
 
 def cannot_write(target: Path, problem: OSError) -> CheckpointError:
     """What stands in the way of writing an output, as an error."""
-    return CheckpointError(f"Asked to write to {target}; {_said(problem)}. Nothing was changed there. Name another place.")
+    return CheckpointError(
+        f"Asked to write to {target}; {_said(problem)}. Nothing was changed there. Name another place."
+    )
 
 
 def _said(problem: OSError) -> str:

@@ -21,7 +21,13 @@ from torch import Tensor
 from resect.errors import CheckpointError, DamagedProgress, ResectError, UsageError
 from resect.files.outputs import remove
 from resect.files.reading import read_json
-from resect.files.writing import flush_file, flush_folder, is_out_of_space, is_write_failure, write_text
+from resect.files.writing import (
+    flush_file,
+    flush_folder,
+    is_out_of_space,
+    is_write_failure,
+    write_text,
+)
 
 CLAIM = "asked.json"
 """Says what the progress is of."""
@@ -133,7 +139,9 @@ class Progress:
         name, _, kind = file.rpartition(".")
         read = {"safetensors": read_tensors, "json": read_note}.get(kind)
         try:
-            return read is not None and read(self.directory / file, key=self._key + name) is not None
+            return (
+                read is not None and read(self.directory / file, key=self._key + name) is not None
+            )
         except CheckpointError:
             return False
 
@@ -159,9 +167,19 @@ def claim(directory: Path, described: str, *, resume: bool) -> bool:
     for. A claim that is damaged says nothing any more: the progress begins anew, with a warning.
     """
     path = directory / CLAIM
-    holds = {entry.name for entry in directory.iterdir()} - {f".{CLAIM}.partial"} if directory.is_dir() else set()
-    if os.path.lexists(directory) and not directory.is_dir() or (holds and not _is_progress(directory, holds)):
-        raise UsageError(f"{directory} holds something else than the progress of a run. Name another directory.")
+    holds = (
+        {entry.name for entry in directory.iterdir()} - {f".{CLAIM}.partial"}
+        if directory.is_dir()
+        else set()
+    )
+    if (
+        os.path.lexists(directory)
+        and not directory.is_dir()
+        or (holds and not _is_progress(directory, holds))
+    ):
+        raise UsageError(
+            f"{directory} holds something else than the progress of a run. Name another directory."
+        )
     if resume and holds:
         claimed = _read_claim(path)
         if claimed == described:
@@ -197,7 +215,9 @@ def is_progress(directory: Path) -> bool:
 
 def _is_progress(directory: Path, holds: set[str]) -> bool:
     """Whether a claim of ours is there, or the remains of one among nothing else than progress has."""
-    return CLAIM in holds and (_read_claim(directory / CLAIM) is not None or all(OWN.fullmatch(name) for name in holds))
+    return CLAIM in holds and (
+        _read_claim(directory / CLAIM) is not None or all(OWN.fullmatch(name) for name in holds)
+    )
 
 
 def _read_claim(path: Path) -> str | None:
@@ -240,7 +260,9 @@ def read_tensors(path: Path, *, key: str = "") -> dict[str, Tensor]:
             noted = (file.metadata() or {}).get(_DIGEST)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError, ValueError, RuntimeError) as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem}. It was damaged since it was noted.") from problem
+        raise CheckpointError(
+            f"{path} cannot be read: {problem}. It was damaged since it was noted."
+        ) from problem
     if noted != digest(tensors, key=key):
         raise CheckpointError(f"{path} was damaged since it was noted.")
     return tensors
@@ -264,7 +286,11 @@ def read_note(path: Path, *, key: str = "") -> dict[str, Any]:
 def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor], *, key: str = "") -> str:
     """A number that tells tensors apart: names, types, shapes and values, to the bit."""
     found = hashlib.blake2b(key.encode(), digest_size=20)
-    named = sorted(tensors.items()) if isinstance(tensors, Mapping) else [("", tensor) for tensor in tensors]
+    named = (
+        sorted(tensors.items())
+        if isinstance(tensors, Mapping)
+        else [("", tensor) for tensor in tensors]
+    )
     for name, tensor in named:
         found.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         found.update(_bytes(tensor))

@@ -31,17 +31,23 @@ def reading(what: str, *, error: type[ResectError] = CheckpointError) -> Iterato
         raise error(f"{_capital(what)} cannot be read: {_reason(problem)}") from problem
 
 
-def read_text(file: str | Path, *, what: str = "the file", error: type[ResectError] = CheckpointError) -> str:
+def read_text(
+    file: str | Path, *, what: str = "the file", error: type[ResectError] = CheckpointError
+) -> str:
     """The text of a UTF-8 file. Raises `error` for a file that is missing, unreadable, no UTF-8, or larger than `LARGEST`."""
     path = Path(file)
     with reading(f"{what} {path}", error=error):
         size = path.stat().st_size
         if size > LARGEST:
-            raise error(f"{_capital(what)} {path} has {size:,} bytes; at most {LARGEST:,} are read. Is it the right file?")
+            raise error(
+                f"{_capital(what)} {path} has {size:,} bytes; at most {LARGEST:,} are read. Is it the right file?"
+            )
         return path.read_text(encoding="utf-8")
 
 
-def read_json(file: str | Path, *, what: str = "the file", error: type[ResectError] = CheckpointError) -> Any:
+def read_json(
+    file: str | Path, *, what: str = "the file", error: type[ResectError] = CheckpointError
+) -> Any:
     """The value in a JSON file. Raises `error` like `read_text`, and for what is no JSON, or nested too deep."""
     text = read_text(file, what=what, error=error)
     return parse_json(text, what=f"{what} {file}", error=error)

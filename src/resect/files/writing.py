@@ -15,7 +15,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 from resect.errors import CheckpointError, ResectError
-from resect.files.outputs import MANIFEST, claimed, contents, foreign, is_mount, located, remove, sibling
+from resect.files.outputs import (
+    MANIFEST,
+    claimed,
+    contents,
+    foreign,
+    is_mount,
+    located,
+    remove,
+    sibling,
+)
 from resect.files.reading import read_json
 
 FORMAT = 1
@@ -29,7 +38,9 @@ _on_their_way: set[Path] = set()
 Alike = Callable[[Path], bool]
 
 
-def check_directory(directory: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()) -> Path:
+def check_directory(
+    directory: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> Path:
     """The absolute path that `directory` names, if something may be written there; ask before long work.
 
     Raises `CheckpointError` for a file, and for a directory that holds something unless `overwrite`.
@@ -39,7 +50,9 @@ def check_directory(directory: str | Path, *, overwrite: bool = False, inputs: I
     """
     target = located(directory)
     if os.path.lexists(target) and not target.is_dir():
-        raise CheckpointError(f"Asked to write the directory {target}, which is a file. Name a directory.")
+        raise CheckpointError(
+            f"Asked to write the directory {target}, which is a file. Name a directory."
+        )
     holds = contents(target)
     if not holds:
         return target
@@ -63,7 +76,11 @@ def claimed_directory(
 
 @contextmanager
 def claimed_file(
-    file: str | Path, *, overwrite: bool = False, alike: Alike | None = None, inputs: Iterable[str | Path | None] = ()
+    file: str | Path,
+    *,
+    overwrite: bool = False,
+    alike: Alike | None = None,
+    inputs: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
     """The place of a file that will be written, claimed for the block and checked before the long work in it."""
     with claimed(file) as target:
@@ -78,7 +95,9 @@ def _check_replaceable(target: Path, inputs: Iterable[str | Path | None]) -> Non
         )
     used = _used(target, inputs)
     if used is not None:
-        raise CheckpointError(f"Asked to overwrite {target}, and to read {used} there. Name another directory.")
+        raise CheckpointError(
+            f"Asked to overwrite {target}, and to read {used} there. Name another directory."
+        )
     others = foreign(target)
     if others:
         raise CheckpointError(
@@ -107,7 +126,11 @@ def _existing(name: str) -> Path | None:
 
 
 def check_file(
-    file: str | Path, *, overwrite: bool = False, alike: Alike | None = None, inputs: Iterable[str | Path | None] = ()
+    file: str | Path,
+    *,
+    overwrite: bool = False,
+    alike: Alike | None = None,
+    inputs: Iterable[str | Path | None] = (),
 ) -> Path:
     """The absolute path that `file` names, if it may be written; ask before long work. Raises `CheckpointError` else.
 
@@ -116,7 +139,9 @@ def check_file(
     """
     target = located(file)
     if target.is_dir():
-        raise CheckpointError(f"Asked to write the file {target}, which is a directory. Name a file in it.")
+        raise CheckpointError(
+            f"Asked to write the file {target}, which is a directory. Name a file in it."
+        )
     if not os.path.lexists(target):
         return target
     if not overwrite:
@@ -126,15 +151,21 @@ def check_file(
     if _used(target, inputs) is not None:
         raise CheckpointError(f"Asked to overwrite {target}, and to read it. Name another file.")
     if not _replaceable(target, alike):
-        raise CheckpointError(f"Asked to overwrite {target}, which is a file of another kind. Name another file.")
+        raise CheckpointError(
+            f"Asked to overwrite {target}, which is a file of another kind. Name another file."
+        )
     return target
 
 
 def _replaceable(target: Path, alike: Alike | None) -> bool:
     try:
-        return target.is_file() and (target.stat().st_size == 0 or (alike is not None and alike(target)))
+        return target.is_file() and (
+            target.stat().st_size == 0 or (alike is not None and alike(target))
+        )
     except OSError as problem:
-        raise CheckpointError(f"Asked to overwrite {target}; it cannot be looked into: {problem.strerror}.") from problem
+        raise CheckpointError(
+            f"Asked to overwrite {target}; it cannot be looked into: {problem.strerror}."
+        ) from problem
 
 
 def begins(*starts: bytes) -> Alike:
@@ -182,7 +213,11 @@ def whole_directory(
 
 @contextmanager
 def whole_file(
-    file: str | Path, *, overwrite: bool = False, alike: Alike | None = None, inputs: Iterable[str | Path | None] = ()
+    file: str | Path,
+    *,
+    overwrite: bool = False,
+    alike: Alike | None = None,
+    inputs: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
     """A temporary sibling to write; it takes the name `file` when the block ends well, and is gone otherwise.
 
@@ -275,7 +310,11 @@ def flush_folder(path: Path) -> None:
     try:
         _flush_descriptor(path)
     except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.EACCES, errno.EISDIR):  # some systems do not flush folders
+        if problem.errno not in (
+            errno.EINVAL,
+            errno.EACCES,
+            errno.EISDIR,
+        ):  # some systems do not flush folders
             raise
 
 
@@ -292,7 +331,9 @@ def _list(directory: Path) -> None:
     manifest: dict[str, Any] = {"format": FORMAT}
     if (directory / MANIFEST).exists():
         manifest = read_json(directory / MANIFEST)
-    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    )
     manifest["files"] = [name for name in files if name != MANIFEST]
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -313,7 +354,9 @@ def _put(partial: Path, target: Path) -> None:
     if is_mount(target):
         _fill(partial, target)
     elif not contents(target):
-        os.rename(partial, target)  # in the place of an empty directory too; the system refuses others
+        os.rename(
+            partial, target
+        )  # in the place of an empty directory too; the system refuses others
         flush_folder(target.parent)
     else:
         _replace(partial, target)
@@ -354,7 +397,9 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _rename_new(partial: Path, target: Path) -> None:
     """Renames a file to a name that nothing has; `CheckpointError` where something has got it meanwhile."""
-    taken = CheckpointError(f"Asked to write {target}, which appeared meanwhile. It was left as it is. Name another file.")
+    taken = CheckpointError(
+        f"Asked to write {target}, which appeared meanwhile. It was left as it is. Name another file."
+    )
     try:
         if rename_with(partial, target, NO_REPLACE):
             return
@@ -367,7 +412,11 @@ def _rename_new(partial: Path, target: Path) -> None:
 
 def rename_with(source: Path, target: Path, flag: int) -> bool:
     """Linux's rename with a flag; False where the system or the file system has none. Raises `OSError`."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    rename = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if os.name == "posix"
+        else None
+    )
     if rename is None:
         return False
     if rename(HERE, os.fsencode(source), HERE, os.fsencode(target), flag) == 0:
@@ -389,7 +438,9 @@ def is_write_failure(error: BaseException) -> bool:
     said = str(error)
     if isinstance(error, SafetensorError):
         return "I/O error" in said or "IoError" in said or "os error" in said
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in said or "inline_container" in said or "os error" in said)
+    return isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter" in said or "inline_container" in said or "os error" in said
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -33,7 +33,7 @@ from resect.files.progress import (
     write_note,
     write_tensors,
 )
-from resect.files.writing import flush_file
+from resect.files.writing import flush_file, flush_folder
 from resect.recovery.examples import Example, collate
 from resect.recovery.facts import Nats, Trained
 from resect.recovery.heldout import held_out_nats, overall
@@ -440,6 +440,7 @@ def seal(state: Path, *, number: int) -> None:
         flush_file(path)
     digests = {path.name: digest_of_file(path) for path in files}
     write_note(state / (DIGESTS if number == 0 else f"digests-{number}.json"), digests)
+    flush_folder(state.parent)
 
 
 def _is_sound(state: Path) -> bool:
