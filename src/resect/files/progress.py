@@ -198,12 +198,16 @@ def claim(directory: Path, described: str, *, resume: bool) -> bool:
 
 
 def clear(directory: Path) -> None:
-    """Removes progress, its claim last: what is left of a removal that was cut short is still known as progress."""
+    """Removes progress, its claim last: what is left of a removal that was cut short is still known as progress.
+
+    Raises `OSError`.
+    """
     if not directory.is_dir():
         return
     for path in directory.iterdir():
         if path.name != CLAIM:
             remove(path)
+    flush_folder(directory)
     shutil.rmtree(directory)
 
 

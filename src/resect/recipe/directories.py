@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from resect.checkpoint import Saved
 from resect.errors import UsageError
 from resect.files import beside
-from resect.files.outputs import remove
-from resect.files.progress import CLAIM, is_progress
+from resect.files.progress import CLAIM, clear, is_progress
 
 
 def facts(saved: Saved, directory: Path) -> dict[str, Any]:
@@ -34,10 +33,16 @@ def resumable(progress: Path) -> Iterator[None]:
     except BaseException as problem:
         holds = [file.name for file in progress.iterdir()] if progress.is_dir() else []
         if holds == [CLAIM]:
-            remove(progress)
+            discard(progress)
         elif holds:
             problem.add_note(f"What is done is noted in {progress}: run the same again with --resume (resume=True) to go on.")
         raise
+
+
+def discard(progress: Path) -> None:
+    """Removes what a run noted, as far as that can be done: its result is safe."""
+    with suppress(OSError):
+        clear(progress)
 
 
 @contextmanager
@@ -63,7 +68,7 @@ def progress_of(directory: Path, *, resume: bool, overwrite: bool) -> Path:
         raise UsageError(
             f"{progress} is where the run notes what is done, and holds something else. Move it away, or name another directory."
         )
-    if not (resume or overwrite):
+    if any(progress.iterdir()) and not (resume or overwrite):
         raise UsageError(
             f"{progress} holds what an earlier run has done. Go on with it (--resume, resume=True), or begin anew (--overwrite)."
         )

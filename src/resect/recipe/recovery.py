@@ -25,10 +25,10 @@ from resect.environment import processes
 from resect.errors import CheckpointError, UsageError, shown
 from resect.explain import explain, telling
 from resect.files import beside, claimed_directory, read_text, whole_directory
-from resect.files.outputs import located, remove
+from resect.files.outputs import located
 from resect.graph import trace
 from resect.plan import Pattern, Plan
-from resect.recipe.directories import facts, fill, noting, progress_of, resumable
+from resect.recipe.directories import discard, facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import Announce, Stages, device_of, dtype_of
 from resect.recipe.reading import check_trust, laid_over, read_values
 from resect.recipe.schema import Recipe, RecoverySection, RecoverySettings, Section, Seed, _several, overlaid
@@ -121,7 +121,7 @@ def run_recovery(
         report.zeros_kept = _check_zeros(found.model, pattern)
         if main:
             _save(recipe, found, report, pattern=pattern, directory=directory, overwrite=overwrite, stages=stages)
-            remove(progress)
+            discard(progress)
     return RecoveryResult(directory, report, found.model, main)
 
 

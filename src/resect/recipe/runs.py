@@ -20,12 +20,11 @@ from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
 from resect.explain import telling
 from resect.files import claimed_directory, whole_directory, write_text
-from resect.files.outputs import remove
 from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
 from resect.methods.prune import method_settings
 from resect.plan import Plan
-from resect.recipe.directories import facts, fill, noting, progress_of, resumable
+from resect.recipe.directories import discard, facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import (
     Announce,
     Observed,
@@ -132,10 +131,10 @@ def _run(
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _decided(result)
         _write_plan(directory, files, overwrite=overwrite)
         if not resume:
-            remove(progress)
+            discard(progress)
         return RunResult(directory, result.plan, report, model)
     saved = _save(recipe, result, report, directory=directory, overwrite=overwrite, stages=stages)
-    remove(progress)
+    discard(progress)
     with noting(f"The pruned model in {directory} is whole and verified; its report lacks what was not measured."):
         if report.vocabulary is not None:
             texts, report.vocabulary.texts = same_texts(texts, tokenizer, result)

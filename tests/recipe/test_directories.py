@@ -1,0 +1,49 @@
+"""Where runs note what is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from resect.errors import UsageError
+from resect.files import progress as room
+from resect.files.progress import Progress
+from resect.recipe.directories import discard, progress_of
+
+
+def test_an_empty_folder_is_nobodys_progress(tmp_path: Path) -> None:
+    (tmp_path / "out.progress").mkdir()
+    assert progress_of(tmp_path / "out", resume=False, overwrite=False) == tmp_path / "out.progress"
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path, flags: dict[str, bool]) -> None:
+    (tmp_path / "out.progress").mkdir()
+    (tmp_path / "out.progress" / "thesis.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds something else"):
+        progress_of(tmp_path / "out", **{"resume": False, "overwrite": False, **flags})
+    assert os.listdir(tmp_path / "out.progress") == ["thesis.json"]
+
+
+def test_a_removal_that_was_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(tmp_path / "out.progress", "a run")
+    progress.put("shot-1/scores", {})
+    (tmp_path / "out.progress" / "recovery" / "training").mkdir(parents=True)
+    removed = []
+
+    def cut_short(path: Path) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(room, "remove", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        discard(tmp_path / "out.progress")
+    monkeypatch.undo()
+    assert progress_of(tmp_path / "out", resume=False, overwrite=True).exists()
+    discard(tmp_path / "out.progress")
+    assert os.listdir(tmp_path) == []
