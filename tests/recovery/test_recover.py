@@ -493,7 +493,8 @@ def test_of_several_processes_the_first_warns(
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", ResectWarning)
         call(model, text, with_(bf16=True, learning_rate=1e-30))
-    assert [one.category for one in heard] == [EmulatedPrecision, ResectWarning] * first
+    ours = [one.category for one in heard if issubclass(one.category, ResectWarning)]
+    assert ours == [EmulatedPrecision, ResectWarning] * first
 
 
 def test_two_processes_lose_what_one_does(text: Path, tmp_path: Path) -> None:
