@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import pytest
 import torch
 import typer
@@ -55,7 +54,7 @@ def raising(problem: BaseException) -> Callable[[Answer], None]:
         (UsageError("no"), 2, "error: no"),
         (DataError("no"), 1, "error: no"),
         (KeyboardInterrupt(), 130, "interrupted: Stopped"),
-        (click.Abort(), 130, "interrupted: Stopped"),
+        (typer.Abort(), 130, "interrupted: Stopped"),
         (EOFError(), 1, "error: Something that was being read ended too early"),
         (SystemExit(3), 1, "error: A library ended the program (exit code 3)"),
         (BrokenPipeError(), 141, "error: What reads the output has gone"),

@@ -14,7 +14,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-import click
 import typer
 from rich.markup import escape
 
@@ -79,7 +78,7 @@ def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterato
             warnings.showwarning = _warn
             yield answer
         _print(answer, stdout, as_json=as_json)
-    except (typer.Exit, click.exceptions.Exit):
+    except typer.Exit:
         raise
     except BaseException as problem:
         refusal = _refused(problem)
@@ -109,7 +108,7 @@ def _refused(problem: BaseException) -> Refusal:
             return Refusal(kind, str(problem), notes=notes)
         case Ended():
             return Refusal("Interrupted", f"Stopped by {problem}.", problem.code, "interrupted", notes)
-        case KeyboardInterrupt() | click.Abort():
+        case KeyboardInterrupt() | typer.Abort():
             return Refusal("Interrupted", "Stopped by the keyboard.", INTERRUPTED, "interrupted", notes)
         case BrokenPipeError():
             return Refusal(kind, "What reads the output has gone; the rest of it was not written.", BROKEN_PIPE, notes=notes)
