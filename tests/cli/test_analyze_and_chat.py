@@ -29,7 +29,8 @@ def test_an_analysis_is_written_and_protects(
     asked = ["--text", text, "--window", 16, "--limit", 64, "--ratios", "0.3,0.6", "--gamma", 0.3]
     result = resect_("analyze", dense, "-o", tmp_path / "look", *asked)
     assert result.exit_code == 0, result.stderr
-    assert {file.name for file in (tmp_path / "look").iterdir()} == {f"analysis.{end}" for end in ("json", "md", "png", "html")}
+    made = {f"analysis.{end}" for end in ("json", "md", "png", "html")}
+    assert {file.name for file in (tmp_path / "look").iterdir()} == {*made, "resect.json"}
     found = Knowledge.from_json((tmp_path / "look" / "analysis.json").read_text())
     assert (found.ratios, len(found.groups), len(found.protected), found.passing) == ([0.3, 0.6], 6, 2, True)
     assert (tmp_path / "look" / "analysis.png").read_bytes().startswith(b"\x89PNG")
