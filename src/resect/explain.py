@@ -5,7 +5,6 @@ Beside that, what strangers wrote, as Markdown may hold it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from resect.errors import CheckpointError, OutOfMemory, ResectError, UsageError, nearest, printable, shown
+from resect.files.reading import plain_json
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -57,18 +57,6 @@ def from_json(kind: type[Model], text: str, what: str) -> Model:
         raise UsageError(f"This is not {what}: {explain(problem, kind)}") from problem
     except ValueError as problem:
         raise UsageError(f"This is not {what}: {shown(str(problem))[1:-1]}.") from problem
-
-
-def plain_json(text: str | bytes) -> Any:
-    """The values of a JSON text; `ValueError` for whatever is wrong with it: nesting, digits and NaN too."""
-    try:
-        return json.loads(text, parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def test_runs_are_read_from_directories_and_files(tmp_path: Path) -> None:
     for run, error, said in (
         ("r.json", UsageError, "resect evaluate DENSE"),
         ("x.json", UsageError, "not the report of a run"),
-        ("missing", DataError, "cannot be read as a report"),
+        ("missing", DataError, "cannot be read: No such file or directory. Name a run directory"),
     ):
         with pytest.raises(error, match=said):
             compare([runs[0], str(tmp_path / run)])

@@ -16,7 +16,7 @@ from typing import Any
 from resect.calibration import package_root
 from resect.errors import DataError, UsageError, nearest, no_text, shown
 from resect.evaluation.tasks import SEVEN, Item, Task
-from resect.explain import plain_json
+from resect.files import plain_json
 
 PREFIX = "demo:"
 REQUESTS = {

@@ -4,7 +4,7 @@
 """
 
 from resect.files.outputs import beside, claimed
-from resect.files.reading import parse_json, read_json, read_text, reading
+from resect.files.reading import parse_json, plain_json, read_json, read_text, reading
 from resect.files.writing import (
     begins,
     check_directory,
@@ -26,6 +26,7 @@ __all__ = [
     "claimed_directory",
     "claimed_file",
     "parse_json",
+    "plain_json",
     "read_json",
     "read_text",
     "reading",

@@ -34,10 +34,13 @@ def reading(what: str, *, error: type[ResectError] = CheckpointError) -> Iterato
 def read_text(
     file: str | Path, *, what: str = "the file", error: type[ResectError] = CheckpointError
 ) -> str:
-    """The text of a UTF-8 file. Raises `error` for a file that is missing, unreadable, no UTF-8, or larger than `LARGEST`."""
+    """The text of a UTF-8 file. Raises `error` for one that is missing, unreadable, no
+    ordinary file, no UTF-8, or larger than `LARGEST`."""
     path = Path(file)
     with reading(f"{what} {path}", error=error):
         size = path.stat().st_size
+        if not path.is_file():
+            raise error(f"{_capital(what)} {path} is no ordinary file. Name one.")
         if size > LARGEST:
             raise error(
                 f"{_capital(what)} {path} has {size:,} bytes; at most {LARGEST:,} are read. Is it the right file?"
@@ -54,11 +57,19 @@ def read_json(
 
 
 def parse_json(text: str, *, what: str, error: type[ResectError] = CheckpointError) -> Any:
-    """The value of a JSON text; `what` names where it comes from. NaN and infinity are no JSON."""
+    """The value of a JSON text; `what` names where it comes from. Raises `error` like `plain_json`."""
+    try:
+        return plain_json(text)
+    except ValueError as problem:
+        raise error(f"{_capital(what)} is not JSON: {_reason(problem)}") from problem
+
+
+def plain_json(text: str | bytes) -> Any:
+    """The value of a JSON text; `ValueError` for whatever is wrong with it: nesting, digits and NaN too."""
     try:
         return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{_capital(what)} is not JSON: {_reason(problem)}") from problem
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _no_number(name: str) -> Any:
@@ -67,8 +78,6 @@ def _no_number(name: str) -> Any:
 
 def _reason(problem: Exception) -> str:
     """What an error says, in one line that ends with a full stop."""
-    if isinstance(problem, RecursionError):
-        return "it is nested too deep."
     if isinstance(problem, OSError) and problem.strerror:
         return f"{problem.strerror}."
     if isinstance(problem, UnicodeDecodeError):

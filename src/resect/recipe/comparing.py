@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from resect.errors import DataError, UsageError, shown
-from resect.explain import explain, plain_json, telling
-from resect.files import check_file, whole_file
+from resect.explain import explain, telling
+from resect.files import check_file, read_json, whole_file
 from resect.report import Comparison, EvaluationReport, RunReport, comparison, comparison_html, is_page
 
 READ: dict[str, type[RunReport] | type[EvaluationReport]] = {"run": RunReport, "evaluation": EvaluationReport}
@@ -50,16 +50,13 @@ def _short(run: str, runs: Sequence[str]) -> str:
 
 
 def _read(run: str) -> RunReport | EvaluationReport:
-    file = Path(run)
     try:
-        path = file.expanduser()
+        path = Path(run).expanduser()
         file = path / "report.json" if path.is_dir() else path
-        values: Any = plain_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as problem:
-        said = problem.strerror if isinstance(problem, OSError) else shown(str(problem))[1:-1]
-        raise DataError(
-            f"{shown(str(file))} cannot be read as a report: {said}. Name a run directory or a report.json."
-        ) from problem
+        values: Any = read_json(file, what="the report", error=DataError)
+    except (OSError, ValueError, RuntimeError, DataError) as problem:
+        said = str(problem) if isinstance(problem, DataError) else f"{shown(run)}: {problem}."
+        raise DataError(f"{said} Name a run directory or a report.json.") from problem
     kind = str(values.get("kind")) if isinstance(values, dict) else None
     if kind == "recovery":
         raise UsageError(
