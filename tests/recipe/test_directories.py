@@ -32,7 +32,7 @@ def test_a_removal_that_was_cut_short_can_be_repeated(tmp_path: Path, monkeypatc
     progress = Progress(tmp_path / "out.progress", "a run")
     progress.put("shot-1/scores", {})
     (tmp_path / "out.progress" / "recovery" / "training").mkdir(parents=True)
-    removed = []
+    removed: list[Path] = []
 
     def cut_short(path: Path) -> None:
         if removed:

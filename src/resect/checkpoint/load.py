@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from resect.surroundings import unaffected
 
 __all__ = ["DEMO", "Source", "check_finite", "find", "load", "load_tokenizer", "skeleton"]
 
+Check = Callable[[PreTrainedModel], None]
 SHOWN = 600
 """Characters of a foreign message that are repeated."""
 
@@ -70,16 +71,18 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    check: Check | None = None,
 ) -> PreTrainedModel:
     """The causal language model that `name` stands for, in evaluation mode.
 
     A hub id, a local directory, a `.gguf` file (dequantised), `demo`, or a directory that resect wrote (its own code
-    is not used: ours is). Raises `ModelError` for an unknown name, `CheckpointError` for pickled or missing weights,
+    is not used: ours is). `check` sees the model without its weights, on the meta device, before these are read; what
+    it raises ends the loading. Raises `ModelError` for an unknown name, `CheckpointError` for pickled or missing weights,
     `NumericsError` for weights that are not finite.
     """
     source = find(name)
     with quiet(), read_once():
-        model = _asked(source, lambda: _read(source, dtype, trust_remote_code))
+        model = _asked(source, lambda: _read(source, dtype, trust_remote_code, check))
         settle_dtype(model, dtype)
     check_finite(model)
     loaded: PreTrainedModel = model.to(device).eval()
@@ -151,7 +154,7 @@ def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
         ) from error
 
 
-def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool, check: Check | None) -> PreTrainedModel:
     """The model with its weights, once its configuration and the headers of its files agree with each other."""
     fields = _fields(source)
     config = _config(source, trust_remote_code, weights=True)
@@ -163,8 +166,12 @@ def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> PreTra
         check_room(empty, stored, source.asked, packed=_is_packed(source, fields))
         _check_unseen(source, config, empty, trust_remote_code)
         heads = _further_heads(config, stored)
+        if check is not None:
+            check(empty)
         del empty
     model, report = _loaded(source, config, dtype, trust_remote_code)
+    if check is not None and stored is None:
+        check(model)
     if heads or prediction_heads(config):
         _warn_of_heads(source, heads)
         forget_prediction_heads(model.config)

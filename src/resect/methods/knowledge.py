@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ def analyze(
     """
     check_analysis(kinds=kinds, ratios=ratios, gamma=gamma, units=units, window=window, limit=limit, seed=seed)
     check_merged(model)
-    check_vocabulary(model, tokenizer)
-    check_length(model, window, f"An analysis was asked for in windows of {window} tokens", instead="Use a smaller window.")
+    check_text(model, tokenizer=tokenizer, window=window)
     start = time.perf_counter()
     graph = trace(model)
     groups = _offered(graph, kinds)
@@ -174,6 +174,13 @@ def _text(text: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, limit: 
     if tokenizer is None:
         raise UsageError(f"Perplexity on {text!r} needs the model's tokenizer. Pass it, or tokens as text.")
     return text, evaluation_tokens(text, tokenizer, limit=limit)
+
+
+def check_text(model: PreTrainedModel, *, tokenizer: Any, window: int) -> None:
+    """Refuses a tokenizer with more tokens than the model has rows, and windows longer than it has positions."""
+    check_vocabulary(model, tokenizer)
+    asked = f"An analysis was asked for in windows of {window} tokens"
+    check_length(model, window, asked, instead="Use a smaller window.")
 
 
 def check_analysis(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from resect.checkpoint import load, load_tokenizer
 from resect.explain import telling
 from resect.files import claimed_directory, whole_directory
 from resect.methods import Knowledge, analyze
-from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS, check_analysis
+from resect.methods.knowledge import ANALYSED, LIMIT, RATIOS, check_analysis, check_text
 from resect.recipe.measure import Announce, device_of, dtype_of
 from resect.report import knowledge_html, knowledge_markdown, knowledge_png
 from resect.surroundings import unaffected
@@ -44,7 +45,13 @@ def analysis(
     with claimed_directory(output, overwrite=overwrite, inputs=[name, text]) as directory:
         announce(f"load {name}")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load(name, dtype=dtype_of(dtype), device=device_of(device), trust_remote_code=trust_remote_code)
+        model = load(
+            name,
+            dtype=dtype_of(dtype),
+            device=device_of(device),
+            trust_remote_code=trust_remote_code,
+            check=partial(check_text, tokenizer=tokenizer, window=window),
+        )
         announce(f"remove a part of every group alone, {units}")
         found = analyze(
             model,
@@ -59,10 +66,10 @@ def analysis(
             seed=seed,
             name=name,
         )
-        with whole_directory(directory, overwrite=overwrite) as partial:
-            (partial / "analysis.json").write_text(found.to_json(), encoding="utf-8")
-            (partial / "analysis.md").write_text(knowledge_markdown(found), encoding="utf-8")
-            (partial / "analysis.html").write_text(knowledge_html(found), encoding="utf-8")
-            (partial / "analysis.png").write_bytes(knowledge_png(found))
+        with whole_directory(directory, overwrite=overwrite) as folder:
+            (folder / "analysis.json").write_text(found.to_json(), encoding="utf-8")
+            (folder / "analysis.md").write_text(knowledge_markdown(found), encoding="utf-8")
+            (folder / "analysis.html").write_text(knowledge_html(found), encoding="utf-8")
+            (folder / "analysis.png").write_bytes(knowledge_png(found))
     announce(f"done: {directory}")
     return found

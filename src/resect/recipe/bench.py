@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -75,8 +76,9 @@ def bench(
         graphs: dict[str, Graph] = {}
         for name in names:
             with stages("load", f"load {name}"):
-                models[name] = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
-                check_positions(name, models[name], max(lengths) + decode)
+                check = partial(check_positions, name, needed=max(lengths) + decode)
+                trust = trust_remote_code
+                models[name] = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust, check=check)
             with stages("trace", f"trace {name}"):
                 graphs[name] = trace(models[name])
         benched = {name: described(name, models[name], graphs[name]) for name in names}

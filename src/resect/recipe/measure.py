@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,10 @@ def evaluate(
         check_evaluation(skeleton(name, trust_remote_code=trust_remote_code), None, asked)
     for name in names:
         with stages("load", f"load {name}"):
-            model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
             needed = asked.texts or asked.generations or asked.tasks
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code) if needed else None
-        check_evaluation(model, tokenizer, asked)
+            check = partial(check_evaluation, tokenizer=tokenizer, asked=asked)
+            model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code, check=check)
         with stages("evaluate", f"evaluate {name}"):
             read[name] = read_evaluation_texts(asked, tokenizer)
             found = measure(model, tokenizer, asked, texts=read[name], tasks=tasks, name=name)
@@ -367,8 +368,8 @@ def conversations(
     for name in names:
         announce(f"load {name}")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code)
-        check_vocabulary(model, tokenizer)
+        check = partial(check_vocabulary, tokenizer=tokenizer)
+        model = load(name, dtype=dtype_of(dtype), device=where, trust_remote_code=trust_remote_code, check=check)
         found[name] = Conversation(model, tokenizer, new_tokens=new_tokens, temperature=temperature, system=system)
     torch.manual_seed(seed)
     return found

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -143,17 +144,15 @@ def _recovered(
 ) -> tuple[Recovered, Pattern | None]:
     device = device_of(_own_device(recipe.device))
 
-    def loaded(name: str) -> PreTrainedModel:
-        return load(name, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=recipe.trust_remote_code)
+    def loaded(name: str, check: Callable[[PreTrainedModel], None] | None = None) -> PreTrainedModel:
+        trust = recipe.trust_remote_code
+        return load(name, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=trust, check=check)
 
     with stages("load", f"load {recipe.model}"):
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        model = loaded(recipe.model)
+        model = loaded(recipe.model, partial(_check_lengths, tokenizer=tokenizer, length=recipe.settings.length))
         pattern = _pattern(recipe.model, model)
         _check_plan(recipe.model, model)
-    check_vocabulary(model, tokenizer)
-    length = recipe.settings.length
-    check_length(model, length, f"settings.length = {length}", instead="Use a shorter length.")  # before the teacher is read
     found = healed(
         model,
         tokenizer,
@@ -167,6 +166,12 @@ def _recovered(
         seed=recipe.seed,
     )
     return found, pattern
+
+
+def _check_lengths(model: PreTrainedModel, *, tokenizer: Any, length: int) -> None:
+    """Refuses tokens and lengths that the model cannot take in."""
+    check_vocabulary(model, tokenizer)
+    check_length(model, length, f"settings.length = {length}", instead="Use a shorter length.")
 
 
 def healed(

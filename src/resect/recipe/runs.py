@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def _run(
     recipe: Recipe, directory: Path, *, overwrite: bool, dry_run: bool, progress: Path, resume: bool, stages: Stages
 ) -> RunResult:
     asked = recipe.evaluation
-    model, tokenizer = _load(recipe, stages)
-    _check_lengths(recipe, model, tokenizer, dry_run=dry_run)
+    model, tokenizer = _load(recipe, stages, check=partial(_check_lengths, recipe, dry_run=dry_run))
     texts = {} if dry_run else read_evaluation_texts(asked, tokenizer)
     tasks = [] if dry_run else tasks_named(asked.tasks)
     bos_token(asked, tokenizer)  # a missing one is refused now
@@ -154,12 +154,15 @@ def _inputs(recipe: Recipe) -> list[str | None]:
     return [recipe.model, evaluation.reference, recipe.latency_table, teacher, *texts]
 
 
-def _load(recipe: Recipe, stages: Stages) -> tuple[PreTrainedModel, Any]:
+def _load(
+    recipe: Recipe, stages: Stages, *, check: Callable[..., None] | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model and its tokenizer; `check(model, tokenizer=...)` comes before weights are read."""
     device = device_of(recipe.device)
     with stages("load", f"load {recipe.model}"):
         # The tokenizer first: it is quick, and without one there is no use in reading weights.
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        return _load_model(recipe, device), tokenizer
+        return _load_model(recipe, device, check=partial(check, tokenizer=tokenizer) if check else None), tokenizer
 
 
 def _check_lengths(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, dry_run: bool) -> None:
@@ -179,8 +182,11 @@ def _check_lengths(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, *, dr
         check_length(model, length, f"recovery.settings.length = {length}", instead="Use a shorter length.")
 
 
-def _load_model(recipe: Recipe, device: Any) -> PreTrainedModel:
-    return load(recipe.model, dtype=dtype_of(recipe.dtype), device=device, trust_remote_code=recipe.trust_remote_code)
+def _load_model(
+    recipe: Recipe, device: Any, *, check: Callable[[PreTrainedModel], None] | None = None
+) -> PreTrainedModel:
+    dtype, trust = dtype_of(recipe.dtype), recipe.trust_remote_code
+    return load(recipe.model, dtype=dtype, device=device, trust_remote_code=trust, check=check)
 
 
 def _pruning(recipe: Recipe) -> str:
