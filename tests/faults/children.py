@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import select
@@ -65,6 +66,7 @@ def _in_child(function: Callable[[], Any], writing: int) -> None:
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silent, descriptor)
+    gc.disable()  # it would write to all pages that are shared with the parent
     try:
         answer = ("returned", function())
     except BaseException:  # noqa: B036 - a child that goes on as its parent would be worse

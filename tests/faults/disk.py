@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Tree = Mapping[str, bytes | None]
 """Contents by path relative to the folder; None stands for a directory."""
@@ -112,10 +113,6 @@ class Disk:
         for prefix, names in _unsettled(self.top, ""):
             lost = f"all but the change of {prefix}{', '.join(sorted(names))}"
             yield lost, dict(_walk(self.top, "", _content, _all_but(prefix, names)))
-            yield (
-                f"{lost}; contents are empty",
-                dict(_walk(self.top, "", _synced, _all_but(prefix, names))),
-            )
 
 
 def read_tree(root: str) -> Tree:
@@ -150,6 +147,47 @@ def fingerprint(tree: Tree) -> str:
         digest.update(f"{names[name]}\0{content is None}\0{len(content or b'')}\0".encode())
         digest.update(content or b"")
     return digest.hexdigest()
+
+
+def outline(tree: Tree) -> str:
+    """A digest of names, random parts aside, and of which files are empty: what notes of times do not change."""
+    return fingerprint({name: content and b"something" for name, content in tree.items()})
+
+
+class _Sorted:
+    """The entries of a directory by name, random parts of names aside: runs go through them alike."""
+
+    def __init__(self, found: Any) -> None:
+        with found:
+            self.entries = iter(sorted(found, key=lambda entry: RANDOM.sub("*", entry.name)))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.entries
+
+    def __next__(self) -> Any:
+        return next(self.entries)
+
+    def __enter__(self) -> _Sorted:
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def in_order() -> None:
+    """Directories are listed by their entries' names from here on; file systems have orders of their own."""
+    plain = os.scandir
+    if hasattr(plain, "in_order"):
+        return
+
+    def scandir(path: Any = ".") -> _Sorted:
+        return _Sorted(plain(path))
+
+    scandir.in_order = True  # type: ignore[attr-defined]
+    os.scandir = scandir  # type: ignore[assignment]
 
 
 def _walk(

@@ -39,7 +39,7 @@ class Shim:
     half: bool = False
     """Calls that write do so with half of their data first."""
     after: Callable[[str, str], None] | None = None
-    """Is told of every call that came through, its kind and path."""
+    """Is told of every call that was made, its kind and path, whether it found what it wanted or not."""
     calls: list[tuple[str, str]] = field(default_factory=list)
 
     def call(
@@ -61,10 +61,11 @@ class Shim:
                 os.kill(os.getpid(), self.signal)
                 return perform()
             raise _error(kind, path, number)
-        found = perform()
-        if self.after is not None:
-            self.after(kind, path)
-        return found
+        try:
+            return perform()
+        finally:
+            if self.after is not None:
+                self.after(kind, path)
 
 
 def _error(kind: str, path: str, number: int) -> BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from tests.faults.disk import Tree
 
+KEPT = "How it came to that is in"
+"""What the command line says of the traceback of an exception that is none of ours."""
 OUT = "out"
 """The name that the call writes to, in the working directory."""
 INPUTS = "given"
@@ -51,6 +54,8 @@ class Run:
     resumes: bool = True
     """Whether the command knows --resume."""
     out: str = OUT
+    verified: bool = False
+    """Whether what was saved is loaded again by a child: once for each command is enough."""
     halved: bool = False
     """Whether it begins where a call that was killed half-way has stopped."""
     replaces: str = "--overwrite"
@@ -90,19 +95,26 @@ class Outcome:
         )
 
 
-def called(words: Sequence[str]) -> Outcome:
-    """A command in this process."""
-    import traceback
-
+def called(words: Sequence[str], typed: str | None = None) -> Outcome:
+    """A command in this process, with what is typed to it."""
     from typer.testing import CliRunner
 
     from resect.cli import app
 
-    result = CliRunner().invoke(app, [*words])
+    result = CliRunner().invoke(app, [*words], input=typed)
     foreign = ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         foreign = "".join(traceback.format_exception(*result.exc_info))  # type: ignore[misc]
+    elif KEPT in result.output:
+        foreign = _kept(result.output)
     return Outcome(result.exit_code, result.output, foreign)
+
+
+def _kept(said: str) -> str:
+    """The traceback of a fault that the command line has caught and kept in a file."""
+    line = next(line for line in said.splitlines() if KEPT in line)
+    file = Path(line.rpartition(KEPT)[2].strip().rstrip("."))
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else line
 
 
 def complete(name: str, content: bytes) -> bool:
@@ -155,8 +167,8 @@ def without_temporary(tree: Tree) -> dict[str, bytes | None]:
     return {path: content for path, content in tree.items() if path.split("/")[0] != TEMPORARY}
 
 
-def dense(folder: Path) -> Path:
-    """A model of two tiny layers with a tokenizer of one token a character."""
+def dense(folder: Path, *, layers: int = 2) -> Path:
+    """A model of tiny layers with a tokenizer of one token a character."""
     from tests.models import tiny, tiny_tokenizer
 
     sizes = {
@@ -168,7 +180,12 @@ def dense(folder: Path) -> Path:
     }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = tiny(
-        "Llama", **sizes, num_hidden_layers=2, max_position_embeddings=48, vocab_size=101, **special
+        "Llama",
+        **sizes,
+        num_hidden_layers=layers,
+        max_position_embeddings=48,
+        vocab_size=101,
+        **special,
     )
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -185,7 +202,7 @@ def spelling(folder: Path) -> Path:
     words = [
         "<pad>",
         "<s>",
-        "</s>",
+        "<|endoftext|>",
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
         "Ġt",
         "he",
@@ -199,7 +216,7 @@ def spelling(folder: Path) -> Path:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="<|endoftext|>"
     )
     sizes = {
         "hidden_size": 32,
@@ -237,7 +254,7 @@ def recipe_values(**changes: Any) -> dict[str, Any]:
 
 
 def _inputs(
-    recipe: Mapping[str, Any] | None = None, *, gguf: bool = False
+    recipe: Mapping[str, Any] | None = None, *, gguf: bool = False, layers: int = 2
 ) -> Callable[[Path], None]:
     """Writes the dense model, the text and, if there is one, the recipe."""
 
@@ -246,7 +263,10 @@ def _inputs(
 
         given = root / INPUTS
         given.mkdir()
-        (spelling if gguf else dense)(given / "dense")
+        if gguf:
+            spelling(given / "dense")
+        else:
+            dense(given / "dense", layers=layers)
         text(given / "text.txt")
         if recipe is not None:
             (given / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe)), encoding="utf-8")
@@ -277,7 +297,7 @@ def _carried_out(recipe: Mapping[str, Any]) -> None:
 
 def _pruned(root: Path) -> None:
     """A pruned model, to be exported or recovered."""
-    _inputs()(root)
+    _inputs(layers=1)(root)
     _carried_out(recipe_values(output=str(root / INPUTS / "pruned"), settings={"criterion": "l2"}))
 
 
@@ -310,8 +330,9 @@ SHEAR = recipe_values(
 )
 
 
-def _of_recipe(name: str, recipe: Mapping[str, Any], **options: Any) -> Run:
-    return Run(name, ["run", f"{INPUTS}/recipe.yaml"], _inputs(recipe), recipe=recipe, **options)
+def _of_recipe(name: str, recipe: Mapping[str, Any], *, layers: int = 1, **options: Any) -> Run:
+    inputs = _inputs(recipe, layers=layers)
+    return Run(name, ["run", f"{INPUTS}/recipe.yaml"], inputs, recipe=recipe, **options)
 
 
 def _recover(name: str, **options: Any) -> Run:
@@ -324,7 +345,7 @@ def _recover(name: str, **options: Any) -> Run:
 RUNS: Mapping[str, Run] = {
     run.name: run
     for run in (
-        _of_recipe("run: llm-pruner, evaluated", PRUNER),
+        _of_recipe("run: llm-pruner, evaluated", PRUNER, layers=2, verified=True),
         _of_recipe("run: llm-pruner over an earlier run", PRUNER, earlier=True),
         _of_recipe("run: llm-surgeon, 2 shots", SURGEON),
         _of_recipe("run: llm-surgeon, resumed", SURGEON, halved=True),
@@ -336,9 +357,8 @@ RUNS: Mapping[str, Run] = {
              "--samples", "4", "--length", "12", "--layout", "per-layer"],
             _inputs(),
         ),
-        _recover("recover"),
+        _recover("recover", verified=True),
         _recover("recover, resumed", halved=True),
-        _recover("recover over an earlier run", earlier=True),
         Run("export: hf", ["export", f"{INPUTS}/pruned", "-o", OUT, "--format", "hf"], _pruned, resumes=False),
         Run(
             "export: hf over an earlier one",
@@ -394,10 +414,12 @@ RUNS: Mapping[str, Run] = {
 }  # fmt: skip
 
 
-def in_process_children() -> None:
+def in_process_children(*, verified: bool = True) -> None:
     """Verification starts a process of its own, seconds each; here it is a fork that runs the same program."""
     import subprocess
 
+    if not verified:
+        _unverified()
     started = subprocess.run
     if hasattr(started, "in_process"):
         return
@@ -418,6 +440,16 @@ def in_process_children() -> None:
 
     run.in_process = True  # type: ignore[attr-defined]
     subprocess.run = run  # type: ignore[assignment]
+
+
+def _unverified() -> None:
+    """What was saved is not loaded again."""
+    import resect.recipe.recovery
+    import resect.recipe.runs
+
+    for module in (resect.recipe.runs, resect.recipe.recovery):
+        assert hasattr(module, "verify")
+        module.verify = lambda *given, **named: 0.0  # type: ignore[attr-defined]
 
 
 def _forked_program(words: list[str], at: int, environment: Mapping[str, str] | None) -> Any:

@@ -27,9 +27,10 @@ SAID = {
         " the same call follows."
     ),
     "power cut": (
-        "After every file operation the machine stops. Contents that were not fsynced are lost,"
-        " empty or cut in half; names whose directory was not fsynced are lost, all of them or "
-        "each change by itself while later ones are kept. The same call follows."
+        "Before every operation that settles or moves something (fsync, rename, removal), and "
+        "at the end, the machine stops. Contents that were not fsynced are lost, empty or cut "
+        "in half; names whose directory was not fsynced are lost, all of them or each change "
+        "by itself while later ones are kept. The same call follows."
     ),
     "two at once": (
         "While a run stands still before one of its file operations, a second process makes the"
@@ -118,12 +119,13 @@ def row(
     }
 
 
-def facts(*, seed: int, seconds: float) -> dict[str, Any]:
+def facts(*, seed: int, seconds: float, most: int | None = None) -> dict[str, Any]:
     """Where and with what it was done."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seed": seed,
+        "most": most,
         "minutes": round(seconds / 60, 1),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
@@ -157,6 +159,11 @@ def page(said: Mapping[str, Any], rows: Sequence[Row]) -> str:
     )
     total = summary(rows, said).rpartition(";")[0]
     parts = [BEFORE, f"**{total}.**", "", made, ""]
+    if said["most"] is not None:
+        parts += [
+            f"Of a selection: at most {said['most']} states or operations of each run and sort.",
+            "",
+        ]
     parts += [
         *_table(
             "Fault",

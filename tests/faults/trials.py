@@ -10,12 +10,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.faults import injection
 from tests.faults.children import Ended, forked
-from tests.faults.disk import Disk, Tree, fingerprint, read_tree, write_tree
+from tests.faults.disk import Disk, Tree, fingerprint, in_order, outline, read_tree, write_tree
 from tests.faults.preparation import imported_before
 from tests.faults.runs import (
     INPUTS,
@@ -33,6 +34,18 @@ from tests.faults.runs import (
 
 SECONDS = 120
 """After which a call hangs."""
+WARM = ["prune", f"{INPUTS}/dense", "-o", "planned", "--dry-run", "--data", f"{INPUTS}/text.txt"]
+WARM += [
+    "--samples",
+    "2",
+    "--length",
+    "8",
+    "--layout",
+    "per-layer",
+    "--set",
+    "settings.criterion=l2",
+]
+"""What starts no threads of torch's: a child could not go on with them."""
 PAIRS = 12
 """Moments at which a second process begins."""
 SORTS = ("kill", "error", "power cut", "two at once")
@@ -71,7 +84,7 @@ class Trace:
     crashes: list[tuple[str, Tree, int]]
     """States that a power cut leaves."""
     states: list[str]
-    """A digest of the state before each call."""
+    """An outline of the state before each call."""
     outcome: Outcome
 
 
@@ -83,7 +96,7 @@ class Trial:
     ) -> None:
         """`most` takes an even selection of so many faults of each sort; None: all of them."""
         self.run, self.root, self.most = run, str(root), most
-        self.place = Place(str(root))
+        self.place = Place(str(root), run.verified)
         self.initial = prepared if prepared is not None else self._prepared()
         self.expected = self._undisturbed()
         self.judge = Judge(run, self.initial, self.expected)
@@ -96,14 +109,11 @@ class Trial:
         self.place.fill(self.initial)
         imported_before(lambda: self.place.inside(lambda: bool(called(self.run.anew()))))
         self.place.fill(self.initial)
-        model = next(
-            path.rpartition("/")[0]
-            for path in sorted(self.initial)
-            if path.endswith("/config.json")
-        )
-        self.place.inside(
-            lambda: called(["export", model, "-o", "warm", "--format", "hf", "--no-verify"])
-        )
+        for words in (
+            WARM,
+            ["export", f"{INPUTS}/dense", "-o", "warm", "--format", "hf", "--no-verify"],
+        ):
+            self.place.inside(partial(called, words))
         gc.collect()
         gc.freeze()
 
@@ -195,11 +205,8 @@ class Trial:
 
     def _halfway(self) -> Tree:
         """The state half-way between the first progress and its end."""
-        noted = [
-            tree
-            for _, tree, _ in self.trace_of(self.run.first()).kills
-            if any(".progress" in name for name in tree)
-        ]
+        states = [tree for _, tree, _ in self.trace_of(self.run.first()).kills]
+        noted = [tree for tree in states if _only_progress(tree)]
         return noted[len(noted) // 2]
 
     def trace_of(self, words: list[str]) -> Trace:
@@ -262,7 +269,7 @@ class Trial:
         ):
             self.place.fill(self.initial)
             ended = self.place.call(self._first(), at=number, kill=True)
-            left = fingerprint(without_temporary(self.place.tree()))
+            left = outline(without_temporary(self.place.tree()))
             if ended.how != "killed" or left != trace.states[number]:
                 verdicts.add(
                     WRONG,
@@ -299,16 +306,18 @@ class Judge:
 
     def finished(self, tree: Tree) -> str:
         """What is wrong with the end of a run."""
+        left = stray(tree, self.expected)
+        return self.differs(tree) or (f"left behind: {left}" if left else "")
+
+    def differs(self, tree: Tree) -> str:
+        """What is not as an undisturbed run leaves it."""
         if part(tree, INPUTS) != part(self.initial, INPUTS):
             return "the inputs were changed"
         found = comparable(part(tree, self.run.out))
-        if found != self.whole:
-            differing = sorted(
-                name for name in {*found, *self.whole} if found.get(name) != self.whole.get(name)
-            )
-            return f"other bytes than undisturbed: {differing[:5]}"
-        left = stray(tree, self.expected)
-        return f"left behind: {left}" if left else ""
+        names = sorted(
+            name for name in {*found, *self.whole} if found.get(name) != self.whole.get(name)
+        )
+        return f"other bytes than undisturbed: {names[:5]}" if names else ""
 
     def disturbed(self, ended: Ended, place: Place) -> tuple[str, str]:
         """The verdict on a call in which something failed."""
@@ -318,14 +327,28 @@ class Judge:
         if outcome.foreign:
             return WRONG, f"a traceback: {_last(outcome.foreign)}"
         if outcome.code == 0:
-            problem = self.finished(place.tree())
-            return (WRONG, f"ended well, but {problem}") if problem else (SURVIVED, "")
+            return self._ended_well(place)
         if not outcome.refused:
             return (
                 WRONG,
                 f"exit code {outcome.code} without an error of ours: {outcome.said[-200:]}",
             )
         return REFUSED, ""
+
+    def _ended_well(self, place: Place) -> tuple[str, str]:
+        """The verdict on an end without an error; what could not be removed must be gone after the next call."""
+        tree = place.tree()
+        problem = self.finished(tree)
+        if not problem:
+            return SURVIVED, ""
+        if self.differs(tree):
+            return WRONG, f"ended well, but {problem}"
+        again = place.call(self.run.anew())
+        left = self.finished(place.tree())
+        well = again.how == "returned" and again.value.code == 0
+        return (
+            (SURVIVED, "") if well and not left else (WRONG, f"ended well, but {problem}, for good")
+        )
 
     def next_call(self, place: Place) -> tuple[str, str]:
         """The verdict on the call after it: the bytes of an undisturbed run, at once or after an error that says what to do."""
@@ -353,6 +376,8 @@ class Place:
     """A working directory with its own folder for temporary files."""
 
     root: str
+    verified: bool = True
+    """Whether what was saved is loaded again by a child."""
 
     def fill(self, tree: Tree) -> None:
         """Makes it hold this, and an empty folder for temporary files."""
@@ -368,7 +393,8 @@ class Place:
         tempfile.tempdir = os.path.join(self.root, TEMPORARY)
         os.environ["TMPDIR"] = tempfile.tempdir
         os.chdir(self.root)
-        in_process_children()
+        in_process_children(verified=self.verified)
+        in_order()
         return function()
 
     def call(
@@ -417,11 +443,16 @@ def watched(place: Place, words: list[str]) -> bytes:
         return outcome
 
     outcome = place.inside(command)
-    notes.states.append(notes.now)
+    notes.states.append(notes.outline)
+    notes.cut()
     trace = Trace(
         shim.calls, list(notes.kills.values()), list(notes.crashes.values()), notes.states, outcome
     )
     return pickle.dumps(trace)
+
+
+SETTLING = ("fsync", "replace", "rename", "unlink", "rmdir")
+"""A power cut comes before each of these, when most is at stake: between two of them, what is not on the disk grows."""
 
 
 class _Notes:
@@ -432,23 +463,30 @@ class _Notes:
         self.kills: dict[str, Any] = {}
         self.crashes: dict[str, Any] = {}
         self.states: list[str] = []
-        self.now = ""
+        self.outline, self.where = "", ""
         self.tree: Tree = {}
 
     def take(self, where: str) -> None:
-        """Notes the present state, and what a power cut may make of it."""
+        """Notes the present state."""
         self.tree = self.disk.now()
-        self.now = self._note(self.kills, where, self.tree)
+        self._note(self.kills, where, self.tree)
+        self.outline = outline(without_temporary(self.tree))
+        self.where = where
+
+    def cut(self) -> None:
+        """Notes what a power cut makes of the present state."""
         for lost, tree in self.disk.crashes():
-            self._note(self.crashes, f"{where}: {lost}", tree)
+            self._note(self.crashes, f"{self.where}: {lost}", tree)
 
     def after(self, kind: str, path: str) -> None:
         """Notes what a call has made."""
         injection_active = injection._active[:]
         injection.stop()
         try:
-            self.states.append(self.now)
+            self.states.append(self.outline)
             before = self.tree
+            if kind in SETTLING:
+                self.cut()
             changed = self.disk.look()
             where = f"after call {len(self.states) - 1}, {kind} {os.path.relpath(path, self.root)}"
             if changed and kind in injection.WRITERS:
@@ -462,12 +500,11 @@ class _Notes:
         finally:
             injection._active[:] = injection_active
 
-    def _note(self, states: dict[str, Any], where: str, tree: Tree) -> str:
+    def _note(self, states: dict[str, Any], where: str, tree: Tree) -> None:
         tree = without_temporary(tree)
         key = fingerprint(tree)
         first, _, times = states.get(key, (where, tree, 0))
         states[key] = (first, tree, times + 1)
-        return key
 
 
 def _selection(found: list[Any], most: int | None) -> Iterator[Any]:
@@ -477,6 +514,13 @@ def _selection(found: list[Any], most: int | None) -> Iterator[Any]:
         return
     for number in range(most):
         yield found[number * len(found) // most]
+
+
+def _only_progress(tree: Tree) -> bool:
+    """Whether a run has noted something, and not begun to write its output."""
+    return any(".progress/" in name for name in tree) and not any(
+        "partial" in name for name in tree
+    )
 
 
 def _returned(ended: Ended, run: Run) -> Any:

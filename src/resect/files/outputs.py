@@ -196,7 +196,7 @@ def remove(path: Path) -> None:
 
 def _try_out(target: Path) -> None:
     """Makes and renames a sibling, as the end of a long run will: what cannot be done is known at its start."""
-    probe, renamed = sibling(target, "partial"), sibling(target, "replaced")
+    probe, renamed = sibling(target, "partial"), sibling(target, "partial")  # never taken for what was moved aside
     try:
         os.mkdir(probe)
         try:
