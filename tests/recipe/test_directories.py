@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from resect.errors import UsageError
 from resect.files import progress as room
+from resect.files.outputs import remove
 from resect.files.progress import Progress
 from resect.recipe.directories import discard, progress_of
 
@@ -17,6 +17,15 @@ from resect.recipe.directories import discard, progress_of
 def test_an_empty_folder_is_nobodys_progress(tmp_path: Path) -> None:
     (tmp_path / "out.progress").mkdir()
     assert progress_of(tmp_path / "out", resume=False, overwrite=False) == tmp_path / "out.progress"
+
+
+def test_a_recovery_alone_is_progress(tmp_path: Path) -> None:
+    Progress(tmp_path / "out.progress" / "recovery", "a recovery").put("training", {})
+    assert progress_of(tmp_path / "out", resume=True, overwrite=False).exists()
+    with pytest.raises(UsageError, match="Go on with it"):
+        progress_of(tmp_path / "out", resume=False, overwrite=False)
+    discard(tmp_path / "out.progress")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
@@ -31,14 +40,14 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, flags: dict[str, bo
 def test_a_removal_that_was_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress(tmp_path / "out.progress", "a run")
     progress.put("shot-1/scores", {})
-    (tmp_path / "out.progress" / "recovery" / "training").mkdir(parents=True)
+    Progress(tmp_path / "out.progress" / "recovery", "its recovery").put("training", {})
     removed: list[Path] = []
 
     def cut_short(path: Path) -> None:
         if removed:
             raise KeyboardInterrupt
         removed.append(path)
-        shutil.rmtree(path)
+        remove(path)
 
     monkeypatch.setattr(room, "remove", cut_short)
     with pytest.raises(KeyboardInterrupt):

@@ -19,6 +19,7 @@ from resect.evaluation import parameter_count
 from resect.files import whole_directory
 from resect.plan import Pattern, Plan
 from resect.recipe import Recipe, evaluate, evaluation_section, read_recipe, run
+from resect.recovery.training import Watch
 from tests.models import assert_same_function, random_tokens
 from tests.recipe.dense import small_recipe, write_text
 
@@ -394,6 +395,20 @@ def test_zeros_of_a_pattern_stay_in_a_run_that_ends_with_recovery(
         assert ((weight.reshape(-1, 4) == 0).sum(1) >= 2).all(), name
     assert result.report.recovery is not None
     assert result.report.recovery.held_out_after < result.report.recovery.held_out_before
+
+
+def test_a_recovery_after_a_method_that_notes_nothing_goes_on(
+    dense: Path, text: Path, tmp_path: Path, no_verify: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"recovery": {"data": str(text), "settings": LEARNING}, "settings": {"criterion": "l2"}}
+    whole = run(recipe_of(dense, text, tmp_path / "whole", **asked))
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_of(dense, text, tmp_path / "out", **asked))
+    result = run(recipe_of(dense, text, tmp_path / "out", **asked), resume=True)
+    assert_same_weights(result.model, whole.model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def assert_same_weights(one: Any, other: Any) -> None:

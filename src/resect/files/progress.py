@@ -31,6 +31,8 @@ from resect.files.writing import (
 
 CLAIM = "asked.json"
 """Says what the progress is of."""
+RECOVERY = "recovery"
+"""Where a recovery notes its states, in the progress of a run that ends with one."""
 SUPERSEDED = "superseded"
 """Notes of a shot that a later one has replaced what it left."""
 OWN = re.compile(
@@ -132,7 +134,7 @@ class Progress:
         """Every set and note, as a path below the directory; a recovery's states are its own to check."""
         for path in sorted(self.directory.rglob("*")):
             name = path.relative_to(self.directory).as_posix()
-            if path.is_file() and name != CLAIM and not name.startswith("recovery/"):
+            if path.is_file() and name != CLAIM and not name.startswith(f"{RECOVERY}/"):
                 yield name
 
     def _is_sound(self, file: str) -> bool:
@@ -204,6 +206,7 @@ def clear(directory: Path) -> None:
     """
     if not directory.is_dir():
         return
+    clear(directory / RECOVERY)
     for path in directory.iterdir():
         if path.name != CLAIM:
             remove(path)
@@ -218,7 +221,12 @@ def is_progress(directory: Path) -> bool:
 
 
 def _is_progress(directory: Path, holds: set[str]) -> bool:
-    """Whether a claim of ours is there, or the remains of one among nothing else than progress has."""
+    """Whether a claim of ours is there, or the remains of one among nothing else than progress has.
+
+    Where the method itself notes nothing, the progress of a recovery stands alone.
+    """
+    if holds == {RECOVERY}:
+        return is_progress(directory / RECOVERY)
     return CLAIM in holds and (
         _read_claim(directory / CLAIM) is not None or all(OWN.fullmatch(name) for name in holds)
     )

@@ -21,6 +21,7 @@ from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
 from resect.explain import telling
 from resect.files import claimed_directory, whole_directory, write_text
+from resect.files.progress import RECOVERY
 from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
 from resect.methods.prune import method_settings
@@ -259,7 +260,7 @@ def _recover(recipe: Recipe, result: Result, *, progress: Path, resume: bool, st
         teacher=recipe.model if asked.teacher == DENSE else asked.teacher,
         load=lambda name: _load_model(recipe.model_copy(update={"model": name}), device_of(recipe.device)),
         pattern=result.pattern,
-        progress=progress / "recovery",
+        progress=progress / RECOVERY,
         resume=resume,
         stages=stages,
         seed=recipe.seed,
