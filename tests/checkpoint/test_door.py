@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from resect.checkpoint import load, load_tokenizer, save, skeleton
 from resect.checkpoint.source import find
 from resect.errors import CheckpointError, ModelError, ResectWarning
 from tests.checkpoint.hand import channels, cut_by_hand
-from tests.models import FAMILIES, assert_same_function, random_tokens
+from tests.models import FAMILIES, assert_same_function, random_tokens, tiny_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100,
@@ -464,3 +465,16 @@ def test_models_stay_models(directory: Path) -> None:
     model = load(directory)
     assert isinstance(model, PreTrainedModel)
     assert_same_function(load(directory, dtype=torch.float64).float(), model, random_tokens())
+
+
+def test_tokens_that_only_the_conversion_added_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, tokenizer = sys.modules["resect.checkpoint.load"], tiny_tokenizer()
+    count = len(tokenizer)
+    before = tokenizer("a river").input_ids
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert max(tokenizer.get_vocab().values()) == count
+    monkeypatch.setattr(room, "token_count", lambda path: count)
+    room._forget_added_tokens(tokenizer, Path("m.gguf"))
+    assert max(tokenizer.get_vocab().values()) == count - 1
+    assert tokenizer("a river").input_ids == before
+    assert count not in tokenizer("a <|endoftext|>").input_ids

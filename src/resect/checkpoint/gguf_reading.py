@@ -85,6 +85,12 @@ def plain_weights() -> dict[str, Any]:
     return {"quantization_config": known(dequantize=True)} if known is not None else {}
 
 
+def token_count(path: Path) -> int:
+    """How many tokens a GGUF file lists."""
+    field = gguf.GGUFReader(str(path)).get_field("tokenizer.ggml.tokens")
+    return len(field.data) if field is not None else 0
+
+
 def pre_tokenizer_name(path: Path) -> str:
     """What a GGUF file calls its pre-tokenizer; "" if it does not say."""
     field = gguf.GGUFReader(str(path)).get_field("tokenizer.ggml.pre")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -33,6 +34,7 @@ from resect.checkpoint.gguf_reading import (
     plain_weights,
     pre_tokenizer_name,
     read_once,
+    token_count,
 )
 from resect.checkpoint.precision import settle_dtype
 from resect.checkpoint.record import check_record
@@ -110,6 +112,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     with quiet(), read_once():
         tokenizer = _asked(source, lambda: AutoTokenizer.from_pretrained(source.place, **options), what="tokenizer")
         if source.gguf:
+            _forget_added_tokens(tokenizer, Path(source.place) / source.gguf)
             _restore_pre_tokenizer(tokenizer, Path(source.place) / source.gguf)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise CheckpointError(
@@ -352,6 +355,16 @@ def _own_class(source: Source) -> type[PreTrainedModel]:
             f"Asked for the model {source.asked!r}; this version of transformers has no class for its {name!r}."
         )
     return made
+
+
+def _forget_added_tokens(tokenizer: Any, path: Path) -> None:
+    """Takes out the tokens that transformers adds behind those of a GGUF file, where its converter misses its own."""
+    count = token_count(path)
+    if not count or max(tokenizer.get_added_vocab().values(), default=0) < count:
+        return
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(document))
 
 
 def _restore_pre_tokenizer(tokenizer: Any, path: Path) -> None:
