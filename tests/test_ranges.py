@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -262,3 +263,18 @@ def test_flags(arguments: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPa
     assert found.exit_code == 2, found.output
     assert "not-there" not in found.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_numbers_of_other_libraries_count_as_numbers(kind: Callable[[int], Any]) -> None:
+    plan = pruned(keep=0.7, align=2, seed=7, plan_only=False).plan
+    assert pruned(keep=0.7, align=kind(2), seed=kind(7), plan_only=False).plan == plan
+    with pytest.raises(UsageError, match="align="):
+        pruned(align=torch.tensor(True))
+    with pytest.raises(UsageError, match=r"keep=.*share"):
+        pruned(keep=np.True_)
+
+
+def test_a_budget_is_text_or_a_budget() -> None:
+    with pytest.raises(UsageError, match="budget=0.7 was given; it is written like"):
+        pruned(budget=0.7)

@@ -26,7 +26,7 @@ MOST_TOKENS = 2**53
 def whole(place: str, value: Any, *, low: int = 1, high: int = MOST) -> int:
     """`value` as a whole number from `low` to `high`; raises `UsageError` with the `place` for anything else."""
     try:
-        number = None if isinstance(value, bool) else index(value)
+        number = None if _is_truth(value) else index(value)
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
@@ -55,9 +55,14 @@ def amount(place: str, value: Any, *, low: float = 0.0) -> float:
     return number
 
 
+def _is_truth(value: Any) -> bool:
+    """Whether a value is true or false, of Python, numpy or torch."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+
+
 def _real(value: Any) -> float | None:
     """A finite float, None for anything else."""
-    if isinstance(value, bool | str | bytes):
+    if _is_truth(value) or isinstance(value, str | bytes):
         return None
     try:
         number = float(value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -165,3 +168,77 @@ def test_values_are_shown_as_far_as_anyone_reads() -> None:
     assert shown(10**9000) == "a number of 29,898 bits"
     assert len(shown("x" * 10**6)) < 300
     assert printable("a\tb\nc\r\x1b\x85") == "a\tb\nc\\x0d\\x1b\\x85"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, TextIO | None], None]:
+    """Puts a stream in the place of one of the process's own."""
+
+    def put(name: str, stream: TextIO | None) -> None:
+        monkeypatch.setattr(sys, name, stream)
+
+    return put
+
+
+def ends(work: Callable[[Answer], None]) -> int:
+    """The exit code of a command whose streams are those of this process."""
+    try:
+        with answering(as_json=False) as answer:
+            work(answer)
+    except typer.Exit as ending:
+        return ending.exit_code
+    return 0
+
+
+def test_closed_streams_lead_nowhere(streams: Callable[[str, TextIO | None], None]) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        streams(name, None)
+    assert ends(speaking_plainly) == 0
+    for name in ("stdin", "stdout", "stderr"):
+        getattr(sys, name).close()
+
+
+def speaking_plainly(answer: Answer) -> None:
+    answer.announce("begin")
+    print("a library")
+    answer.give("{}", Text("done"))
+
+
+class Refusing(io.StringIO):
+    """A stream that takes nothing."""
+
+    def __init__(self, problem: OSError) -> None:
+        super().__init__()
+        self.problem = problem
+
+    def write(self, text: str) -> int:
+        """Fails."""
+        raise self.problem
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError()])
+def test_a_log_that_cannot_be_written_ends_no_work(
+    problem: OSError, streams: Callable[[str, TextIO | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    streams("stderr", Refusing(problem))
+    assert ends(speaking_plainly) == 0
+    assert capsys.readouterr().out.strip() == "done"
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be printed: No space left"),
+        (BrokenPipeError(), 141, "has gone"),
+    ],
+)
+def test_a_result_that_cannot_be_printed_is_told(
+    problem: OSError,
+    code: int,
+    said: str,
+    streams: Callable[[str, TextIO | None], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    streams("stdout", Refusing(problem))
+    assert ends(speaking_plainly) == code
+    assert said in capsys.readouterr().err

@@ -203,3 +203,30 @@ def test_a_digest_tells_names_types_shapes_and_values_apart() -> None:
     found = {digest({"a": tensor}) for tensor in tensors} | {digest({"b": one}), digest({"a": one}, key="x")}
     assert len(found) == len(tensors) + 2
     assert digest({"a": one, "b": one * 2}) == digest({"b": one * 2, "a": one})
+
+
+def test_a_set_that_is_gone_is_made_anew_when_resumed(tmp_path: Path) -> None:
+    progress = filled(tmp_path / "p")
+    (tmp_path / "p" / "shot-2" / "weights" / "a.b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is gone. It counts as not done now"):
+        progress.need("shot-2/weights/a.b")
+    again = resumed(tmp_path / "p")
+    assert not again.noted("shot-2/made-up")
+    assert names(tmp_path / "p") == {CLAIM}  # the first shot was superseded
+
+
+def test_a_directory_in_the_place_of_a_set_is_damage(tmp_path: Path) -> None:
+    filled(tmp_path / "p")
+    file = tmp_path / "p" / "shot-2" / "made-up.json"
+    file.unlink()
+    file.mkdir()
+    with pytest.warns(DamagedProgress, match=r"made-up\.json"):
+        assert not resumed(tmp_path / "p").noted("shot-2/made-up")
+
+
+def test_a_file_of_others_costs_no_progress(tmp_path: Path) -> None:
+    filled(tmp_path / "p")
+    before = names(tmp_path / "p")
+    (tmp_path / "p" / "Thumbs.db").write_text("a picture")
+    resumed(tmp_path / "p")
+    assert names(tmp_path / "p") == before | {"Thumbs.db"}

@@ -321,3 +321,69 @@ def fails_in_a_temporary_folder(problem: BaseException) -> None:
 def test_errors_speak_of_the_name_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^{tmp_path}/new/deep is wrong$"), whole_directory(tmp_path / "new") as partial:
         raise UsageError(f"{partial}/deep is wrong")
+
+
+def test_the_working_directory_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir(0o700)
+    monkeypatch.chdir(here)
+    with whole_directory(".") as partial:
+        (partial / "new.txt").write_text("new")
+    assert sorted(os.listdir(".")) == ["new.txt", MANIFEST]  # the shell that sits there sees it
+    assert os.listdir(tmp_path) == ["here"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_who_may_read_a_directory_stays_so(overwrite: bool, tmp_path: Path) -> None:
+    target = tmp_path / "private"
+    target.mkdir()
+    if overwrite:
+        with whole_directory(target) as partial:
+            (partial / "old.txt").write_text("old")
+    target.chmod(0o700)
+    with whole_directory(target, overwrite=overwrite) as partial:
+        (partial / "new.txt").write_text("new")
+    assert target.stat().st_mode & 0o777 == 0o700
+    assert (target / "new.txt").stat().st_mode & 0o777 == 0o600
+
+
+def test_only_what_a_dead_process_moved_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount, outside = tmp_path / "mount", tmp_path / "outside.txt"
+    mount.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
+    outside.write_text("mine")
+    partial = sibling(mount, "partial")
+    partial.mkdir()
+    (partial / MANIFEST).write_text(json.dumps({"files": ["a.txt", "moved.txt", "../outside.txt", "/etc/x", "."]}))
+    (partial / "a.txt").write_text("not moved")
+    (mount / "moved.txt").write_text("moved")
+    (mount / "a.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"which holds a.txt\. "), whole_directory(mount):
+        raise AssertionError("never entered")
+    assert contents(tmp_path) == {"mount/a.txt": "mine", "outside.txt": "mine"}
+
+
+def test_a_kill_while_a_place_is_tried_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", killed)
+        with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "page.html"):
+            raise AssertionError("never entered")
+    with whole_file(tmp_path / "page.html") as partial:
+        partial.write_text("page")
+    assert contents(tmp_path) == {"page.html": "page"}
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def test_neither_a_home_nor_a_working_directory_is_needed(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(error: Exception) -> Any:
+        def raising(*arguments: Any) -> Path:
+            raise error
+
+        return raising
+
+    monkeypatch.setattr(Path, "home", missing(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(Path, "cwd", missing(FileNotFoundError(2, "No such file or directory")))
+    assert check_directory(old, overwrite=True) == old

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import resect
-from resect.errors import DampingRaised, DataError, NumericsError, UsageError
+from resect.errors import CheckpointError, DampingRaised, DataError, NumericsError, UsageError
 from resect.graph import Graph
 from resect.saliency.obs import column_losses
 from resect.statistics import Classes, Moments, collect_curvature
@@ -843,3 +844,12 @@ def test_another_implementation_expects_the_same_gradients() -> None:
     operator.compute_kronecker_factors()
     for path, G in own_fisher(model, ["0", "2", "4"], inputs).items():
         same(operator._gradient_covariances[path], G)
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("resect.statistics.blockwise.save_file", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        BlockCall(torch.ones(2), (), {}).store(tmp_path / "entering.safetensors")

@@ -61,9 +61,9 @@ def calibrate(
     Errors: `UsageError` for what cannot be meant, `DataError` for text that is missing, unreadable or too short.
     """
     names = _names(source)
-    whole("samples", samples)
-    whole("length", length, low=2)
-    seed_of(seed)
+    samples = whole("samples", samples)
+    length = whole("length", length, low=2)
+    seed = seed_of(seed)
     if length < 2 or samples < len(names):
         raise UsageError(
             f"Calibration was asked for {samples} windows of {length} tokens from {len(names)} source(s): "

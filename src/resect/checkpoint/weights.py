@@ -103,6 +103,8 @@ def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """
     found, owners = dict[str, tuple[int, ...]](), dict[str, Path]()
     for file in files:
+        with reading(f"the weights {file}"):
+            file.open("rb").close()  # of a file that may not be read, safetensors says that there is none
         with reading(f"the weights {file}"), safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name in owners:

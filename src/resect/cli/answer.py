@@ -30,6 +30,9 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """The shell's exit code for a program whose reader has gone."""
 
+LAST_STREAM = 2
+"""The number of stderr, the last of the three that every program starts with."""
+
 
 @dataclass
 class Answer:
@@ -41,7 +44,8 @@ class Answer:
 
     def announce(self, what: str) -> None:
         """Says on stderr what begins, and how long the command has been running."""
-        console(stderr=True).print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(what)}", markup=True)
+        with suppress(OSError):  # the work goes on without a log
+            console(stderr=True).print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(what)}", markup=True)
 
     def give(self, as_json: str, *shown: RenderableType) -> None:
         """The result: a JSON object for machines, and what people see instead."""
@@ -67,6 +71,7 @@ def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterato
     without a line on stderr. What is no error of ours is a fault of resect's, and its traceback is kept in a file.
     With `as_json` stdout holds exactly one JSON object, an error too.
     """
+    _open_streams()
     answer, stdout = Answer(), sys.stdout
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # not every stream has an encoding
@@ -82,19 +87,41 @@ def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterato
         raise
     except BaseException as problem:
         refusal = _refused(problem)
-        with suppress(OSError):
-            _say(refusal, as_json=as_json and not isinstance(problem, BrokenPipeError))
-        if isinstance(problem, BrokenPipeError):
+        lost = isinstance(problem, BrokenPipeError | OutputLost)
+        _say(refusal, as_json=as_json and not lost)
+        if lost:
             _close(stdout)
         raise typer.Exit(refusal.code) from None
 
 
+class OutputLost(ResectError):
+    """The result cannot be written to stdout."""
+
+
+def _open_streams() -> None:
+    """What the caller closed leads nowhere, instead of into the next file that is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+
+
 def _print(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
-    if as_json:
-        print(json_line(json.dumps(json.loads(answer.json), ensure_ascii=False)), file=stdout)
-    for part in () if as_json else answer.shown:
-        console().print(part)
-    stdout.flush()
+    try:
+        if as_json:
+            print(json_line(json.dumps(json.loads(answer.json), ensure_ascii=False)), file=stdout)
+        for part in () if as_json else answer.shown:
+            console().print(part)
+        stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        said = problem.strerror or str(problem)
+        raise OutputLost(
+            f"The result is complete, but cannot be printed: {said}. See where stdout goes."
+        ) from problem
 
 
 def _refused(problem: BaseException) -> Refusal:
@@ -150,17 +177,21 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """Ours in a line of their own, others as Python shows them."""
-    if issubclass(category, ResectWarning):
-        console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, markup=True)
-    else:
-        sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
+    with suppress(OSError):
+        if issubclass(category, ResectWarning):
+            console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, markup=True)
+        else:
+            sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
 def _say(refusal: Refusal, *, as_json: bool) -> None:
-    out = console(stderr=True)
-    out.print(f"[bold red]{refusal.word}:[/] {escape(refusal.message)}", soft_wrap=True, markup=True)
-    for note in refusal.notes:
-        out.print(note, soft_wrap=True)
-    if as_json:
+    with suppress(OSError):
+        out = console(stderr=True)
+        out.print(f"[bold red]{refusal.word}:[/] {escape(refusal.message)}", soft_wrap=True, markup=True)
+        for note in refusal.notes:
+            out.print(note, soft_wrap=True)
+    if not as_json:
+        return
+    with suppress(OSError):
         said = {"type": refusal.kind, "message": refusal.message, "notes": list(refusal.notes)}
-        print(json_line(json.dumps({"error": said}, ensure_ascii=False)))
+        print(json_line(json.dumps({"error": said}, ensure_ascii=False)), flush=True)

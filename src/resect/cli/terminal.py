@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,6 +27,10 @@ class Plain(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
+    def on_broken_pipe(self) -> None:
+        """Leaves to the caller what rich would end the program for."""
+        raise BrokenPipeError
+
 
 class Guarded:
     """A stream for what libraries print: their text without control characters, their progress bars and colours as they are."""
@@ -34,13 +39,25 @@ class Guarded:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Writes a text; a carriage return counts at its beginning, moves of the cursor alone."""
+        """Writes a text; a carriage return counts at its beginning, moves of the cursor alone.
+
+        A stream that takes no more loses it: nothing ends for what libraries print.
+        """
+        with suppress(OSError):
+            self._write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what was written, as far as that can be done."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def _write(self, text: str) -> None:
         if not UNPRINTABLE.search(text) or CURSOR_UP.fullmatch(text):
             self.stream.write(text)
         else:
             first = "\r" if text.startswith("\r") else ""
             self.stream.write(first + self._without_commands(text.removeprefix(first)))
-        return len(text)
 
     def _without_commands(self, text: str) -> str:
         if not self.stream.isatty():

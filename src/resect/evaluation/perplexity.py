@@ -106,7 +106,7 @@ def batches(
     Raises for windows that hold nothing to predict, that the text does not fill, or that a model cannot see.
     """
     if bos is not None:
-        whole("bos", bos, low=0, high=min(model.config.get_text_config().vocab_size for model in models) - 1)
+        bos = whole("bos", bos, low=0, high=min(model.config.get_text_config().vocab_size for model in models) - 1)
     several = [windows_of(model, tokens, window=window, batch_tokens=batch_tokens) for model in models][0]
     firsts = itertools.accumulate(map(len, several), initial=0)
 
@@ -129,7 +129,7 @@ def windows_of(
     flat = tokens.reshape(-1)
     _check(model, flat, window)
     if batch_tokens is not None:
-        whole("batch_tokens", batch_tokens)
+        batch_tokens = whole("batch_tokens", batch_tokens)
     batch_tokens = batch_tokens or LOGITS // model.config.get_text_config().vocab_size
     windows = flat[: len(flat) // window * window].view(-1, window)
     return tuple(windows.split(max(1, batch_tokens // window)))
@@ -167,7 +167,7 @@ def _covered(sizes: Tensor | None, windows: int, window: int, *, first: int) -> 
 def _check(model: PreTrainedModel, flat: Tensor, window: int) -> None:
     asked = f"Asked for windows of {window} tokens"
     positions = positions_of(model)
-    whole("window", window, low=2)  # the first of a window is never predicted
+    window = whole("window", window, low=2)  # the first of a window is never predicted
     if positions is not None and window > positions:
         raise UsageError(f"{asked}; the model has {positions} positions. Use a smaller window.")
     if len(flat) < window:

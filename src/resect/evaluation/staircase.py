@@ -153,8 +153,8 @@ def latency_table(
     Memory for a second model is needed. `points` widths at equal distances and the edges between them are measured of every
     family of like groups, each as the fastest of `rounds` runs or more: whatever else the machine does only ever adds.
     """
-    whole("points", points)
-    whole("rounds", rounds)
+    points = whole("points", points)
+    rounds = whole("rounds", rounds)
     check_positions("the model", model, workload.length + DECODED)
     watch = Stopwatch(model, graph, workload, _modules(graph, kinds), rounds)
     families, seconds = measure_families(graph, watch, kinds=kinds, points=points, homes=watch.homes)

@@ -95,9 +95,9 @@ class Task:
 
         Raises `UsageError` for more shots than there are other items and `NumericsError` for logits that are not finite.
         """
-        whole("shots", shots, low=0)
+        shots = whole("shots", shots, low=0)
         if limit is not None:
-            whole("limit", limit)
+            limit = whole("limit", limit)
         if shots >= len(self.items):
             raise UsageError(f"Asked for {shots} shots of {self.name}; it has {len(self.items)} items. Ask for fewer.")
         items = self.items[:limit]

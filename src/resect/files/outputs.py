@@ -60,6 +60,19 @@ def is_mount(path: Path) -> bool:
     return path.is_dir() and os.path.ismount(path)
 
 
+def stays(path: Path) -> bool:
+    """Whether a directory is filled where it is: a mount point, or where the program and its shell are."""
+    return is_mount(path) or path == working_directory()
+
+
+def working_directory() -> Path | None:
+    """Where the program runs; None where that was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
 @contextmanager
 def claimed(output: str | Path) -> Iterator[Path]:
     """The absolute path of an output that no other process writes to while the block lasts; claims of one thread nest.
@@ -150,15 +163,19 @@ def _tidy(target: Path) -> None:
     if aside and not os.path.lexists(target):
         os.rename(aside.pop(), target)
     for leftover in [*aside, *_siblings(target, "partial")]:
-        if is_mount(target) and not (target / MANIFEST).exists():
+        if stays(target) and not (target / MANIFEST).exists():
             _take_back(leftover, target)
         remove(leftover)
 
 
 def _take_back(partial: Path, target: Path) -> None:
-    """Removes from a mount point what a dead process had moved there, of a result that never became whole."""
-    for name in _listed(partial):
-        remove(target / name.split("/")[0])
+    """Removes from a directory what a dead process had moved there, of a result that never became whole.
+
+    What the list names and the dead process still had is somebody else's, as is anything elsewhere.
+    """
+    for first in {name.split("/")[0] for name in _listed(partial)} - {"", ".", ".."}:
+        if not os.path.lexists(partial / first):
+            remove(target / first)
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:

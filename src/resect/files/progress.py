@@ -39,6 +39,8 @@ OWN = re.compile(
     r"\.?[\w.-]+\.(json|safetensors|partial)|(shot|state|text|instructions)-\d+|training|recovery|\.entering"
 )
 """Names that a damaged claim leaves to tell progress by."""
+KINDS = (".json", ".safetensors")
+"""Notes and sets of tensors, by their suffixes."""
 _DIGEST = "digest"
 
 
@@ -72,11 +74,15 @@ class Progress:
         return read_tensors(path, key=self._key + name) if path.exists() else None
 
     def need(self, name: str) -> dict[str, Tensor]:
-        """The tensors under a name that must have been noted; `CheckpointError` where they are gone."""
+        """The tensors under a name that must have been noted; `CheckpointError` where they are gone.
+
+        What needs them counts as not done then, so that a run that is resumed makes them anew.
+        """
         found = self.get(name)
         if found is None:
+            self._forget([name])
             raise CheckpointError(
-                f"{self._path(name)} is gone, and what was noted after it needs it. Begin anew (--overwrite, without resume)."
+                f"{self._path(name)} is gone. It counts as not done now, like all that came after it: resume once more."
             )
         return found
 
@@ -124,6 +130,10 @@ class Progress:
         if not damaged:
             return
         warnings.warn(DamagedProgress(damaged_message(self.directory, damaged)), stacklevel=4)
+        self._forget(damaged)
+
+    def _forget(self, damaged: Iterable[str]) -> None:
+        """Takes back what is damaged or gone, with what came after it."""
         shots = [re.match(r"shot-(\d+)/", name) for name in damaged]
         if all(shots):
             self._take_back(min(int(shot[1]) for shot in shots if shot))
@@ -131,10 +141,13 @@ class Progress:
             self._clear()
 
     def _names(self) -> Iterator[str]:
-        """Every set and note, as a path below the directory; a recovery's states are its own to check."""
+        """Every set and note, as a path below the directory; a recovery's states are its own to check.
+
+        What others left there, a file manager or somebody's notes, is none of them.
+        """
         for path in sorted(self.directory.rglob("*")):
             name = path.relative_to(self.directory).as_posix()
-            if path.is_file() and name != CLAIM and not name.startswith(f"{RECOVERY}/"):
+            if path.suffix in KINDS and name != CLAIM and not name.startswith(f"{RECOVERY}/"):
                 yield name
 
     def _is_sound(self, file: str) -> bool:
@@ -187,16 +200,21 @@ def claim(directory: Path, described: str, *, resume: bool) -> bool:
         if claimed == described:
             return True
         if claimed is not None:
-            raise UsageError(
-                f"{directory} holds the progress of a run that was asked for something else. Resume with the same recipe, "
-                "model, calibration text and seed, or begin anew without resume."
-            )
+            raise UsageError(asked_otherwise(directory))
         warnings.warn(DamagedProgress(damaged_message(directory, [CLAIM])), stacklevel=4)
     clear(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_note(path, {"asked": described}, key=CLAIM)
     flush_folder(directory.parent)
     return False
+
+
+def asked_otherwise(directory: Path) -> str:
+    """A sentence about progress that another request has noted."""
+    return (
+        f"{directory} holds the progress of a run that was asked for something else. Resume with the same recipe, "
+        "model, calibration text and seed, or begin anew without resume."
+    )
 
 
 def clear(directory: Path) -> None:

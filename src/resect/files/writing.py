@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from resect.files.outputs import (
     located,
     remove,
     sibling,
+    stays,
+    working_directory,
 )
 from resect.files.reading import read_json
 
@@ -89,7 +92,9 @@ def claimed_file(
 
 def _check_replaceable(target: Path, inputs: Iterable[str | Path | None]) -> None:
     """Refuses to replace a directory that holds anything but a result of resect's."""
-    if target in (Path.home(), Path.cwd(), *Path.cwd().parents) or is_mount(target):
+    here = working_directory()
+    above = (here, *here.parents) if here else ()
+    if target in above or target == _home() or is_mount(target):
         raise CheckpointError(
             f"Asked to overwrite {target}, which is no place for a model to replace. Name a directory of its own."
         )
@@ -104,6 +109,14 @@ def _check_replaceable(target: Path, inputs: Iterable[str | Path | None]) -> Non
             f"Asked to overwrite {target}, which holds files that resect did not write: {_some(others)}. "
             "Move them away, or name another directory."
         )
+
+
+def _home() -> Path | None:
+    """The user's home; None for one without."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def _used(target: Path, inputs: Iterable[str | Path | None]) -> Path | None:
@@ -184,9 +197,10 @@ def whole_directory(
 ) -> Iterator[Path]:
     """A temporary sibling to write into; it takes the name `directory` when the block ends well, and is gone otherwise.
 
-    What was there before stays untouched until then, and is replaced in one step. resect.json in it lists the files. Below a
-    directory that is written so already, it is that one which appears whole, and `directory` itself is given. Raises
-    `CheckpointError` like `check_directory` and `claimed`, and when the disk fails; errors of ours speak of `directory`.
+    What was there before stays untouched until then, and is replaced in one step. Who may read it
+    stays so. resect.json in it lists the files. Below a directory that is written so already, it is
+    that one which appears whole, and `directory` itself is given. Raises `CheckpointError` like
+    `check_directory` and `claimed`, and when the disk fails; errors of ours speak of `directory`.
     """
     place = located(directory)
     if any(path in _on_their_way for path in (place, *place.parents)):
@@ -201,6 +215,8 @@ def whole_directory(
             partial.mkdir()
             yield partial
             _list(partial)
+            if target.is_dir():
+                shutil.copymode(target, partial)
             _flush(partial)
             check_directory(target, overwrite=overwrite, inputs=inputs)
             _put(partial, target)
@@ -351,7 +367,7 @@ def _flush(directory: Path) -> None:
 
 def _put(partial: Path, target: Path) -> None:
     """Gives the directory `partial` the name `target`; what has it goes in the same step."""
-    if is_mount(target):
+    if stays(target):
         _fill(partial, target)
     elif not contents(target):
         os.rename(

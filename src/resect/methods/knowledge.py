@@ -187,10 +187,10 @@ def check_analysis(
     *, kinds: Sequence[str], ratios: Sequence[float], gamma: float, units: str, window: int, limit: int | None, seed: int
 ) -> None:
     """Raises `UsageError` for what an analysis cannot be asked for, before anything is loaded."""
-    whole("window", window, low=2)
+    window = whole("window", window, low=2)
     if limit is not None:
-        whole("limit", limit, low=2)
-    seed_of(seed)
+        limit = whole("limit", limit, low=2)
+    seed = seed_of(seed)
     known = [kind for kind in KINDS if kind != VOCABULARY]
     for word, value, words in [("kind", kind, known) for kind in kinds] + [("choice of units", units, list(CHOICES))]:
         if value not in words:

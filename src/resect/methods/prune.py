@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from resect.calibration import calibrate, check_vocabulary, check_windows
 from resect.checkpoint import cut_tokenizer, expressible_kinds
-from resect.errors import UsageError, nearest
+from resect.errors import UsageError, nearest, shown
 from resect.evaluation import LatencyTable
 from resect.explain import explain, telling
 from resect.files import temporary_folder
@@ -110,17 +110,21 @@ def prune(
     if layout not in LAYOUTS:
         raise UsageError(f"There is no layout {layout!r}. {nearest(layout, LAYOUTS)}")
     keep = share("keep", keep)
-    whole("align", align)
-    whole("samples", samples)
-    whole("length", length, low=2)
-    whole("stops", stops, low=0)
-    seed_of(seed)
+    align = whole("align", align)
+    samples = whole("samples", samples)
+    length = whole("length", length, low=2)
+    stops = whole("stops", stops, low=0)
+    seed = seed_of(seed)
     if watch is not None and (chosen.writes or chosen.compensation is not None or not chosen.coupled):
         raise UsageError(
             f"Perplexity over sizes was asked for; it is measured with masks on the dense model, and {method} changes weights "
             "with these settings. Leave evaluation.curve out."
         )
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    if not isinstance(budget, Budget | None):
+        raise UsageError(
+            f"budget={shown(budget)} was given; it is written like 'macs:0.7', or a resect.plan.Budget."
+        )
     check_budget(budget, keep=keep, of=of, method=chosen)
     check_merged(model)
     check_vocabulary(model, tokenizer)

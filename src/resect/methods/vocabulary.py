@@ -46,7 +46,7 @@ def vocabulary_plan(
     Raises `UsageError` where the network's rows cannot go, for another model's tokenizer and for a `keep` that is too small,
     `DataError` for a text without tokens.
     """
-    whole("align", align)
+    align = whole("align", align)
     if keep is not None:
         keep = share("keep", keep) if isinstance(keep, float) else whole("keep", keep)
     group = _offered(graph)

@@ -75,7 +75,7 @@ def select(
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
-    whole("align", align)
+    align = whole("align", align)
     if spread is not None and not 1 <= spread < inf:
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)

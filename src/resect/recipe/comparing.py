@@ -23,8 +23,9 @@ def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison
     `output` gets a page with the figures and what quality costs in size. Raises `UsageError` for runs that were measured
     differently, `DataError` for reports that cannot be read, `CheckpointError` for an `output` that is anything but such a page.
     """
+    read_from = [*runs, *(Path(run) / "report.html" for run in runs)]  # beside what is read: a run's own page
     if output is not None:
-        check_file(output, overwrite=True, alike=is_page, inputs=runs)
+        check_file(output, overwrite=True, alike=is_page, inputs=read_from)
     if len(set(runs)) < len(runs):
         raise UsageError("A run was named twice. Name each once.")
     read = {_short(run, runs): _read(run) for run in runs}
@@ -38,7 +39,7 @@ def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison
             f"({type(problem).__name__}: {shown(str(problem))[1:-1]}). Name reports as resect wrote them."
         ) from problem
     if output is not None:
-        with whole_file(output, overwrite=True, alike=is_page, inputs=runs) as partial:
+        with whole_file(output, overwrite=True, alike=is_page, inputs=read_from) as partial:
             partial.write_text(comparison_html(found), encoding="utf-8")
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from resect.checkpoint import Saved
 from resect.errors import UsageError
 from resect.files import beside
-from resect.files.progress import CLAIM, clear, is_progress
+from resect.files.progress import CLAIM, asked_otherwise, clear, is_progress
 
 
 def facts(saved: Saved, directory: Path) -> dict[str, Any]:
@@ -54,6 +54,12 @@ def noting(note: str) -> Iterator[None]:
         if not getattr(problem, "__notes__", None):
             problem.add_note(note)
         raise
+
+
+def check_unclaimed(progress: Path) -> None:
+    """`UsageError` for progress of another method's, where this one notes none: it would be gone in the end."""
+    if (progress / CLAIM).exists():
+        raise UsageError(asked_otherwise(progress))
 
 
 def progress_of(directory: Path, *, resume: bool, overwrite: bool) -> Path:

@@ -361,9 +361,9 @@ def conversations(
     """A conversation with each of some models. `seed` is for answers that are drawn."""
     if len(set(names)) < len(names):
         raise UsageError(f"{names[0]} was named twice; it would answer beside itself. Name another model.")
-    whole("new_tokens", new_tokens)
+    new_tokens = whole("new_tokens", new_tokens)
     amount("temperature", temperature)
-    seed_of(seed)
+    seed = seed_of(seed)
     where, found = device_of(device), {}
     for name in names:
         announce(f"load {name}")

@@ -26,7 +26,7 @@ from resect.graph import Graph
 from resect.methods import Result, Vocabulary, prune
 from resect.methods.prune import method_settings
 from resect.plan import Plan
-from resect.recipe.directories import discard, facts, fill, noting, progress_of, resumable
+from resect.recipe.directories import check_unclaimed, discard, facts, fill, noting, progress_of, resumable
 from resect.recipe.measure import (
     Announce,
     Observed,
@@ -94,6 +94,8 @@ def run(
         raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
     with claimed_directory(recipe.output, overwrite=overwrite, inputs=_inputs(recipe)) as directory:
         progress = progress_of(directory, resume=resume, overwrite=overwrite)
+        if resume and not method_settings(recipe.method, recipe.settings).long:
+            check_unclaimed(progress)
         with resumable(progress), noting(f"Nothing was written to {directory}."):
             return _run(
                 recipe, directory, overwrite=overwrite, dry_run=dry_run, progress=progress, resume=resume, stages=Stages(announce)

@@ -76,7 +76,7 @@ def recover(
     `ModelError` and `NumericsError`; low-rank terms are then taken off again, and the model is what it was.
     """
     settings = settings or Recovery()
-    seed_of(seed)
+    seed = seed_of(seed)
     sources = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     _check(model, settings, teacher, sources)
     check_vocabulary(model, tokenizer)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from resect.files.progress import noting_progress
 from resect.graph import Graph
 from resect.statistics.objective import Objective, first_tokens, loss_of
 
@@ -43,8 +44,9 @@ class BlockCall:
     file: Path | None = None
 
     def store(self, file: Path) -> None:
-        """Writes the hidden states to a file and frees them."""
-        save_file({"hidden": self.hidden.detach().contiguous()}, file)
+        """Writes the hidden states to a file and frees them. Raises `CheckpointError` for a disk that takes no more."""
+        with noting_progress(file):
+            save_file({"hidden": self.hidden.detach().contiguous()}, file)
         self.hidden, self.file = torch.empty(0, device=self.hidden.device), file
 
     def fetch(self, *, keep: bool = False) -> Tensor:
