@@ -387,3 +387,18 @@ def test_neither_a_home_nor_a_working_directory_is_needed(old: Path, monkeypatch
     monkeypatch.setattr(Path, "home", missing(RuntimeError("Could not determine home directory.")))
     monkeypatch.setattr(Path, "cwd", missing(FileNotFoundError(2, "No such file or directory")))
     assert check_directory(old, overwrite=True) == old
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_empty_one(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = old / "private"
+    closed.mkdir()
+    look = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(CheckpointError, match="private cannot be looked into: Permission denied"):
+        check_directory(old, overwrite=True)

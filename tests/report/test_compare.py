@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from resect.cli import app
-from resect.errors import DataError, UsageError
+from resect.errors import CheckpointError, DataError, UsageError
 from resect.recipe import compare
 from resect.report import EvaluationReport, Measured, RunReport, comparison, comparison_html, comparison_tables
 from resect.report.compare import front
@@ -149,6 +150,9 @@ def test_runs_are_read_from_directories_and_files(tmp_path: Path) -> None:
     assert "beside it has the same figures" not in page.read_text()  # there is no such file
     CliRunner().invoke(app, ["compare", runs[0], "-o", str(page)])
     assert "2 models side by side" in page.read_text()  # one of them the dense one
+    shutil.copy(page, tmp_path / "a" / "report.html")
+    with pytest.raises(CheckpointError, match="and to read it"):
+        compare(runs, tmp_path / "a" / "report.html")  # the page of a run that is read
     (tmp_path / "r.json").write_text(recovered().to_json())
     (tmp_path / "x.json").write_text("{}")
     for run, error, said in (

@@ -258,16 +258,25 @@ def contents(directory: Path) -> list[str]:
 
 
 def foreign(directory: Path) -> list[str]:
-    """The files of a directory, relative to it, that no run of resect wrote there: all of them, where none did."""
-    files = sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if not _is_folder(path)
-    )
+    """The files of a directory, relative to it, that no run of resect wrote there: all of them, where none did.
+
+    Raises `CheckpointError` for a folder in it that may not be looked into.
+    """
+    files = sorted(_files(directory, directory))
     listed = _listed(directory)
     partials = {f".{name}.partial" for name in listed}  # of `write_text` in a process that died
     own = {MANIFEST, *listed, *partials} if listed else set()
     return [name for name in files if name not in own]
+
+
+def _files(folder: Path, above: Path) -> Iterator[str]:
+    """The files and links below a folder, relative to one above it."""
+    for name in contents(folder):
+        path = folder / name
+        if _is_folder(path):
+            yield from _files(path, above)
+        else:
+            yield path.relative_to(above).as_posix()
 
 
 def _listed(directory: Path) -> set[str]:

@@ -23,7 +23,7 @@ def compare(runs: Sequence[str], output: str | Path | None = None) -> Comparison
     `output` gets a page with the figures and what quality costs in size. Raises `UsageError` for runs that were measured
     differently, `DataError` for reports that cannot be read, `CheckpointError` for an `output` that is anything but such a page.
     """
-    read_from = [*runs, *(Path(run) / "report.html" for run in runs)]  # beside what is read: a run's own page
+    read_from: list[str | Path] = [*runs, *(Path(run) / "report.html" for run in runs)]  # beside what is read: a run's own page
     if output is not None:
         check_file(output, overwrite=True, alike=is_page, inputs=read_from)
     if len(set(runs)) < len(runs):
