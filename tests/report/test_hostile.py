@@ -175,5 +175,5 @@ def test_every_part_of_a_report_may_be_missing_or_wrong(tmp_path: Path) -> None:
             with suppress(ResectError):
                 compare([str(good), str(file)], tmp_path / "page.html")
     file.write_bytes(b"\xff")
-    with pytest.raises(DataError, match="cannot be read as a report"):
+    with pytest.raises(DataError, match="cannot be read: it is not UTF-8"):
         compare([str(good), str(file)])
