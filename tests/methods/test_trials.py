@@ -125,7 +125,7 @@ def test_factors_stay_within_their_bounds() -> None:
     setting = Setting("llama")
     free = setting.tried(Trials.model_construct(bounds=UNBOUNDED), BATCHES)
     least, most = sorted(free.values())[1], sorted(free.values())[-2]
-    found = setting.tried(Trials(bounds=(least, most)), BATCHES)
+    found = setting.tried(Trials.model_construct(bounds=(least, most)), BATCHES)
     assert found == {name: min(max(value, least), most) for name, value in free.items()}
     assert len(set(found.values())) < len(set(free.values()))
 
