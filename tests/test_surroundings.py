@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -87,6 +88,25 @@ def default_device(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
+@contextmanager
+def doubled_everywhere() -> Iterator[None]:
+    """A hook on all modules, which must still be there in the end."""
+    calls: list[nn.Module] = []
+
+    def double(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.append(module)
+        return output * 2 if isinstance(output, Tensor) else output
+
+    handle = register_module_forward_hook(double)
+    try:
+        yield
+        assert not calls
+        nn.Linear(1, 1)(torch.ones(1))
+        assert len(calls) == 1
+    finally:
+        handle.remove()
+
+
 STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
@@ -105,6 +125,10 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a mode of functions": Functions,
     "a mode of operators": Operators,
     "fake tensors": FakeTensorMode,
+    "hooks on all modules": lambda: doubled_everywhere(),
+    "hooks on saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.half().float() if tensor.is_floating_point() else tensor, lambda tensor: tensor
+    ),
 }
 
 
@@ -281,3 +305,19 @@ def test_transformations_of_functions_are_refused() -> None:
     with pytest.raises(UsageError, match=r"torch\.func"):
         torch.func.vmap(inside)(torch.ones(2))
     assert issubclass(UsageError, ResectError)
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "llm-surgeon"])
+def test_hooks_on_gradients_change_nothing_and_come_back(method: str) -> None:
+    model = dense()
+    weight = model.get_input_embeddings().weight
+    up: Any = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    seen: list[Tensor] = []
+    weight.register_hook(seen.append)
+    up.register_hook(lambda gradient: gradient * 0)
+    up.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
+    found = pruned(model, method)
+    assert_same(found, method)
+    assert not seen
+    (weight * 2).sum().backward()
+    assert len(seen) == 1

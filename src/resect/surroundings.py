@@ -34,6 +34,20 @@ LAYERS_OF_OTHERS = {
     "DeepSpeedEngine": "Pass engine.module before it is sharded, or load the model again.",
 }
 """Classes that wrap a network and keep hold of its parameters, and what to do instead."""
+GLOBAL_HOOKS = tuple(
+    f"_global_{name}"
+    for name in (
+        "forward_hooks",
+        "forward_hooks_always_called",
+        "forward_hooks_with_kwargs",
+        "forward_pre_hooks",
+        "backward_hooks",
+        "backward_pre_hooks",
+    )
+)
+"""Tables in which torch keeps the hooks of all modules."""
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Attributes in which a tensor keeps its hooks."""
 PLAIN_FIELDS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Fields of a configuration that change what a network puts out, and how resect needs them."""
 
@@ -79,6 +93,7 @@ def plain(*networks: nn.Module) -> Iterator[None]:
         stack.enter_context(_counted())
         if _depth.value == 1:
             _enter(stack)
+            stack.enter_context(_without_gradient_hooks(networks))
         yield
 
 
@@ -161,6 +176,9 @@ def _enter(stack: ExitStack) -> None:
     stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.set_grad_enabled(True))
+    stack.enter_context(_without_global_hooks())
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
     if torch.is_anomaly_enabled():
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
     for device in DEVICES:
@@ -197,6 +215,43 @@ def _without_function_modes() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             torch.overrides._push_mode(mode)
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """No hooks that the caller put on all modules at once."""
+    tables = [getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+@contextmanager
+def _without_gradient_hooks(networks: tuple[nn.Module, ...]) -> Iterator[None]:
+    """No hooks of the caller's that see or change gradients of weights; those of the network's modules stay."""
+    weights = {id(weight): weight for network in networks for weight in network.parameters()}
+    kept = [
+        (weight, name, getattr(weight, name))
+        for weight in weights.values()
+        for name in GRADIENT_HOOKS
+        if getattr(weight, name, None)
+    ]
+    for weight, name, _ in kept:
+        setattr(weight, name, None)
+    try:
+        yield
+    finally:
+        for weight, name, hooks in kept:
+            setattr(weight, name, hooks)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _autocasts(device: str) -> bool:
