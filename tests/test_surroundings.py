@@ -310,7 +310,7 @@ def test_transformations_of_functions_are_refused() -> None:
 @pytest.mark.parametrize("method", ["llm-pruner", "llm-surgeon"])
 def test_hooks_on_gradients_change_nothing_and_come_back(method: str) -> None:
     model = dense()
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     up: Any = model.get_submodule("model.layers.0.mlp.up_proj").weight
     seen: list[Tensor] = []
     weight.register_hook(seen.append)
