@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from resect.errors import UsageError
+from resect.errors import ModelError, UsageError
 from resect.evaluation import generations, parameter_count
 from tests.models import FAMILIES, assert_untouched, logits_without_cache, snapshot, tiny_tokenizer
 
@@ -48,6 +49,19 @@ def test_sampling_settings_are_ignored_without_a_word(capfd: pytest.CaptureFixtu
     assert capfd.readouterr() == ("", "")
     assert_untouched(model, before[0])
     assert config.to_dict() == before[1]
+
+
+@pytest.mark.parametrize("end", ["", 2**70, [None]])
+def test_generation_settings_that_fit_no_model_are_refused(end: Any) -> None:
+    model = FAMILIES["llama"]()
+    model.generation_config.eos_token_id = end
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        generations(model, tiny_tokenizer(), ["Bells"], new_tokens=2)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ModelError, match="the prompt has no tokens"):
+        generations(FAMILIES["llama"](), tiny_tokenizer(), [""], new_tokens=2)
 
 
 def test_chat_wraps_the_prompt_in_the_template() -> None:

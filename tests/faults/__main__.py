@@ -200,7 +200,9 @@ def _tests(sort: str, file: str, examples: int) -> list[dict[str, Any]]:
     found: dict[str, dict[str, int]] = (
         json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
     )
-    failed = [line for line in ran.stdout.splitlines() if line.startswith("FAILED")]
+    said = ran.stdout.splitlines()
+    why = " ".join(line[1:].strip() for line in said if line.startswith("E  "))
+    failed = [f"{line}: {why}" for line in said if line.startswith("FAILED")]
     rows = [
         table.row(sort, _words(name), tried=sum(one.values()), counts=one, wrong=[])
         for name, one in found.items()

@@ -44,7 +44,7 @@ class Mutation:
 def mutations(data: bytes, form: str, *, count: int, seed: int) -> Iterator[Mutation]:
     """So many damaged copies of a file of this form, no two alike, the same for the same seed."""
     chance, seen = random.Random(f"{seed}:{form}:{len(data)}"), {data}
-    kinds = [*BYTES.items(), *FORMS.get(form, {}).items()]
+    kinds = [*BYTES.items(), *(FORMS.get(form, {}).items() if _whole(data, form) else ())]
     for number in range(20 * count):
         name, change = kinds[number % len(kinds)]
         changed = change(data, chance)
@@ -53,6 +53,14 @@ def mutations(data: bytes, form: str, *, count: int, seed: int) -> Iterator[Muta
             yield Mutation(name, changed)
             if len(seen) > count:
                 return
+
+
+def _whole(data: bytes, form: str) -> bool:
+    """Whether a file has the form that its name says; what was cut off in a crash has not."""
+    try:
+        return form != "json" or json.loads(data) is not ...
+    except ValueError:
+        return False
 
 
 def _bit(data: bytes, chance: random.Random) -> bytes:

@@ -38,7 +38,10 @@ MEASURED = (
     "tokens_per_second",
 )
 """Keys of JSON whose values are times and memory: no two runs have the same."""
-VARYING = ("report.json", "report.md", "report.html", "README.md", "bench.json", "bench.md")
+VARYING = (
+    *("report.json", "report.md", "report.html", "README.md", "bench.json", "bench.md"),
+    *("analysis.json", "analysis.md", "analysis.html"),
+)
 """Files with times and memory in them."""
 
 

@@ -87,6 +87,15 @@ def test_what_was_measured_differently_is_refused(change: dict[str, Any], said: 
         comparison({"a": a_run(900, 25), "b": other})
 
 
+def test_names_without_end_are_cut_in_errors() -> None:
+    one, other = a_run(900, 21.0), a_run(800, 22.0)
+    for model in other.models:
+        model.perplexities = [found.model_copy(update={"text": "x" * 20_000}) for found in model.perplexities]
+    with pytest.raises(UsageError, match="No quality is measured") as caught:
+        comparison({"a": one, "b": other})
+    assert len(str(caught.value)) < 1200
+
+
 def test_a_vocabulary_that_respells_the_text_is_refused_and_one_that_does_not_is_not() -> None:
     from resect.report.results import Respelled, VocabularyCut
 

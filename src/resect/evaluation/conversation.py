@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from resect.calibration import chat_text, positions_of
 from resect.errors import UsageError
-from resect.evaluation.generation import greedy
+from resect.evaluation.generation import generating, greedy
 from resect.evaluation.mode import evaluating
 from resect.ranges import amount, whole
 from resect.surroundings import plain, unwrapped
@@ -65,7 +65,7 @@ class Conversation:
             write(text)
 
         start = time.perf_counter()
-        with plain(self.model), evaluating(self.model):
+        with plain(self.model), evaluating(self.model), generating(tokens):
             generate: Any = self.model.generate
             written = generate(
                 tokens,

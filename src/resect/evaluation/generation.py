@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from resect.calibration import chat_text, check_length
-from resect.errors import UsageError
+from resect.errors import ModelError, ResectError, UsageError, shown
 from resect.evaluation.mode import evaluating
 from resect.ranges import whole
 from resect.surroundings import unaffected
@@ -55,6 +57,21 @@ def greedy(model: PreTrainedModel, new_tokens: int) -> Any:
     return settings
 
 
+@contextmanager
+def generating(tokens: Tensor) -> Iterator[None]:
+    """Around what continues `tokens` [1, T]: `ModelError` where there are none, or where the model's settings fit no model."""
+    if not tokens.shape[1]:
+        raise ModelError("There is nothing to continue: the prompt has no tokens. Give one, or look at the chat template.")
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, AttributeError, LookupError) as problem:
+        if isinstance(problem, ResectError):
+            raise
+        raise ModelError(
+            f"The model cannot continue a text with its generation settings (generation_config.json): {shown(str(problem))}"
+        ) from problem
+
+
 def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, settings: Any, chat: bool) -> str:
     if chat:
         message = [{"role": "user", "content": prompt}]
@@ -64,5 +81,6 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, settings: Any
     asked = f"A prompt of {tokens.shape[1]} tokens was to be continued by {settings.max_new_tokens}"
     check_length(model, needed, asked, instead="Ask for fewer new tokens, or a shorter prompt.")
     generate: Any = model.generate
-    written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    with generating(tokens):
+        written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))

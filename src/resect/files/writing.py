@@ -450,8 +450,10 @@ def is_out_of_space(error: BaseException) -> bool:
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether an error of a library that writes files is one of the disk: safetensors and torch have errors of their own."""
+    """Whether an error of a library that writes files is one of the disk: they have errors of their own, tokenizers none."""
     said = str(error)
+    if type(error) is Exception:
+        return "(os error" in said
     if isinstance(error, SafetensorError):
         return "I/O error" in said or "IoError" in said or "os error" in said
     return isinstance(error, RuntimeError) and (

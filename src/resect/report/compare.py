@@ -103,8 +103,8 @@ def _as_read(name: str, report: RunReport, found: TextPerplexity) -> TextPerplex
         return found
     if any(text.missing for text in report.vocabulary.texts if text.text == found.text):
         raise UsageError(
-            f"{name} spells {found.text} with other tokens since its vocabulary was cut; its perplexity compares with no other. "
-            "Compare bits per byte: resect evaluate."
+            f"{name} spells {_cut(found.text)} with other tokens since its vocabulary was cut; its perplexity compares "
+            "with no other. Compare bits per byte: resect evaluate."
         )
     digests = [one.digest for one in report.dense.perplexities if one.text == found.text]
     return found.model_copy(update={"digest": digests[0]}) if digests else found
@@ -143,8 +143,9 @@ def _check_alike(candidates: Sequence[Candidate]) -> None:
             known, first = seen.setdefault(name, (how, one))
             if known != how:
                 raise UsageError(
-                    f"{name} was measured differently in {first.run} ({_said(known)}) and {one.run} ({_said(how)}). Measure both "
-                    "alike: resect evaluate."
+                    f"{_cut(name)} was measured differently in {first.run} ({_cut(_said(known))}) and "
+                    f"{one.run} ({_cut(_said(how))}). "
+                    "Measure both alike: resect evaluate."
                 )
 
 
@@ -157,6 +158,11 @@ def _protocols(model: Measured) -> list[tuple[str, dict[str, Any]]]:
     if model.timings:
         found.append(("latency", {"prompt": model.timings.prompt, "decode": model.timings.decode}))
     return found
+
+
+def _cut(text: str, limit: int = 1000) -> str:
+    """What a report says, as an error may repeat it."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _said(how: Mapping[str, Any]) -> str:
@@ -187,7 +193,7 @@ def _qualities(candidates: Sequence[Candidate]) -> list[Quality]:
     if not found:
         measured = {one.figures.name: [name for name, _ in _protocols(one.figures)] for one in candidates}
         have = "; ".join(f"{name}: {', '.join(names) or 'nothing'}" for name, names in measured.items())
-        raise UsageError(f"No quality is measured in all of them ({have}). Measure them alike: resect evaluate.")
+        raise UsageError(f"No quality is measured in all of them ({_cut(have)}). Measure them alike: resect evaluate.")
     return found
 
 
