@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -173,3 +174,22 @@ def test_an_unknown_name_gets_the_nearest_source(tmp_path: Path, monkeypatch: py
 def test_self_has_no_stored_text() -> None:
     with pytest.raises(UsageError, match="nothing stored to read"):
         read_texts("self")
+
+
+def test_pipes(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="nobody writes into it"):
+        read_file(str(pipe))
+    other = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+
+    def write() -> None:
+        os.write(writer, b"some text")
+        os.close(writer)
+
+    late = threading.Timer(0.05, write)
+    late.start()
+    assert read_file(str(pipe)).rows == ["some text"]
+    late.join()
+    os.close(other)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,7 +22,7 @@ import resect
 from resect.calibration import chat, chat_text, check_length, check_vocabulary, positions_of
 from resect.calibration.limits import rows_of
 from resect.errors import ModelError, UsageError
-from tests.models import FAMILIES
+from tests.models import FAMILIES, tiny_tokenizer
 
 
 class Words:
@@ -141,3 +143,21 @@ def test_templates_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "SECONDS", 0.05)
     with pytest.raises(ModelError, match=r"did not end within 0.05 seconds"):
         chat_text(Templated(endless), [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
+def test_a_template_of_unbounded_memory() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'a' * 10**11 }}"
+    with pytest.raises(ModelError, match="wanted more than 1024 MiB"):
+        chat_text(tokenizer, [{"role": "user", "content": "hi"}])
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert chat_text(tokenizer, [{"role": "user", "content": "hi"}]) == "hi"
+
+
+def test_tokens_that_are_put_around_a_text() -> None:
+    tokenizer = tiny_tokenizer()
+    around = processors.TemplateProcessing(single="<x> $A", special_tokens=[("<x>", 999)])
+    tokenizer.backend_tokenizer.post_processor = around
+    with pytest.raises(ModelError, match="numbers its tokens to 999"):
+        check_vocabulary(FAMILIES["llama"](), tokenizer)

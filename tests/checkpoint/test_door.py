@@ -24,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -478,3 +480,52 @@ def test_tokens_that_only_the_conversion_added_are_forgotten(monkeypatch: pytest
     assert max(tokenizer.get_vocab().values()) == count - 1
     assert tokenizer("a river").input_ids == before
     assert count not in tokenizer("a <|endoftext|>").input_ids
+
+
+class TestOtherCopies:
+    """What strangers' checkpoints hold beside, or instead of, plain weights of today's transformers."""
+
+    @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+    def test_weights_that_are_codes_are_refused(self, kind: torch.dtype, directory: Path) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        stored(directory, lambda weights: weights.update({name: weights[name].to(kind)}))
+        with pytest.raises(CheckpointError, match=rf"{name} as .*quantization_config"):
+            load(directory)
+
+    def test_masks_of_older_versions_are_silent(self, tmp_path: Path) -> None:
+        model = FAMILIES["gpt2"]()
+        model.save_pretrained(tmp_path)
+        places = [f"transformer.h.{layer}.attn" for layer in range(3)]
+        masks = {f"{place}.bias": torch.ones(1, 1, 80, 80, dtype=torch.bool) for place in places}
+        fillers = {f"{place}.masked_bias": torch.tensor(-1e4) for place in places}
+        stored(tmp_path, lambda weights: weights.update(masks | fillers))
+        assert_same_function(load(tmp_path), model, random_tokens())
+
+    def test_a_vector_called_bias_is_no_mask(self, tmp_path: Path) -> None:
+        FAMILIES["gpt_neox"]().save_pretrained(tmp_path)
+        stored(tmp_path, lambda weights: weights.update({"gpt_neox.layers.0.attn.bias": torch.ones(48)}))
+        with pytest.raises(CheckpointError, match=r"1 tensors have no place in it \(gpt_neox.layers.0.attn.bias"):
+            load(tmp_path)
+
+    def test_two_tables_under_one_name(self, tmp_path: Path) -> None:
+        FAMILIES["llama_tied"]().save_pretrained(tmp_path / "model")
+        stored(tmp_path / "model", lambda weights: weights.update({"lm_head.weight": torch.randn(101, 60)}))
+        with pytest.warns(ResectWarning, match="holds? two that differ"):
+            model = load(tmp_path / "model")
+        save(model, tmp_path / "saved")
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+        assert_same_function(load(tmp_path / "saved"), model, random_tokens())
+
+    def test_what_cannot_be_converted_is_named(self, tmp_path: Path) -> None:
+        sizes = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path)
+        stored(tmp_path, lambda weights: weights.pop("model.layers.1.block_sparse_moe.experts.0.w1.weight"))
+        with pytest.raises(CheckpointError, match=r"cannot be loaded: model.layers.1.*experts"):
+            load(tmp_path)
+
+    def test_files_of_a_tokenizer_that_are_links_to_nothing(self, directory: Path) -> None:
+        tiny_tokenizer().save_pretrained(directory)
+        (directory / "tokenizer_config.json").unlink()
+        (directory / "tokenizer_config.json").symlink_to("gone")
+        with pytest.raises(CheckpointError, match=r"tokenizer_config.json is no file"):
+            load_tokenizer(directory)

@@ -132,3 +132,25 @@ def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UsageError, match="recipe"):
         read_recipe(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: demo\nmodel: other\n", "the key 'model' stands there twice"),
+        ("settings: {a: 1, 'a': 2}\n", "the key 'a' stands there twice"),
+        ("model: !!timestamp x\n", "does not fit its tag"),
+    ],
+)
+def test_what_may_mean_either_or_nothing(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=f"is not YAML.*{said}"):
+        read_recipe(file)
+    file.write_text("settings: &a {shots: 1}\n<<: *a\n<<: *a\n")
+    assert read_values(file) == {"shots": 1, "settings": {"shots": 1}}
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a directory, a pipe or a device"):
+        read_recipe(tmp_path)

@@ -12,6 +12,8 @@ from resect.errors import ModelError
 
 LARGEST = 10_000_000
 """Characters of a conversation as a template may write it out."""
+MEMORY = 1 << 30
+"""Bytes that a template may take while it writes one."""
 SECONDS = 30
 """How long a template may take for one conversation."""
 
@@ -19,10 +21,13 @@ SECONDS = 30
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The text of a conversation in the tokenizer's chat template. Raises `ModelError` with what the template says."""
     try:
-        with _limited():
+        with _limited(), _within_memory():
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except MemoryError:
-        raise
+    except MemoryError as problem:
+        raise ModelError(
+            f"The tokenizer's chat template wanted more than {MEMORY >> 20} MiB for a conversation of "
+            f"{len(messages)} message(s), or there is no more. Use another template."
+        ) from problem
     except Exception as problem:  # templates raise what they like
         said = " ".join(str(problem).split())[:300] or type(problem).__name__
         raise ModelError(
@@ -31,6 +36,26 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: 
     if not isinstance(text, str) or len(text) > LARGEST:
         raise ModelError(f"The tokenizer's chat template wrote no text of at most {LARGEST:,} characters.")
     return text
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """No more than `MEMORY` beyond what the process has already, where the system can say and limit that (Linux)."""
+    try:
+        import resource
+
+        with open("/proc/self/statm", "rb") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    least = [limit for limit in (soft, hard, taken + MEMORY) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(least), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import stat
 import warnings
@@ -140,15 +141,29 @@ def _read(path: Path) -> tuple[bytes, int, str]:
     _check_place(path)
     digest, size, parts = hashlib.sha256(), 0, []
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                if size < LARGEST:
-                    parts.append(chunk[: LARGEST - size])
-                size += len(chunk)
+        for chunk in _chunks(path):
+            digest.update(chunk)
+            if size < LARGEST:
+                parts.append(chunk[: LARGEST - size])
+            size += len(chunk)
     except OSError as error:
         raise DataError(f"{path} was given as a source of text, but cannot be read: {error.strerror}.") from error
     return b"".join(parts), size, digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, piece by piece; a pipe that nobody writes into is refused instead of waited for."""
+    pipe = stat.S_ISFIFO(path.stat().st_mode)
+    with open(os.open(path, os.O_RDONLY | (os.O_NONBLOCK if pipe else 0)), "rb", buffering=0) as file:
+        if pipe:
+            first = file.read(CHUNK)  # None where somebody has the other end and has written nothing yet
+            if first == b"":
+                raise DataError(f"{path} was given as a source of text, but is a pipe, and nobody writes into it. Name a file.")
+            os.set_blocking(file.fileno(), True)
+            if first:
+                yield first
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def _check_place(path: Path) -> None:

@@ -60,12 +60,20 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     known = getattr(tokenizer, "get_vocab", None)
     if rows is None or known is None:
         return
-    highest = max(known().values(), default=0)
+    highest = max([*known().values(), *_set_around(tokenizer)], default=0)
     if highest >= rows:
         raise ModelError(
             f"The tokenizer numbers its tokens to {highest}; the model has {rows} rows (0 to {rows - 1}). Tokens were added "
             "and the model was not resized, or they belong to different models: model.resize_token_embeddings(len(tokenizer))."
         )
+
+
+def _set_around(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts around a text; its file gives their numbers apart from the vocabulary."""
+    try:
+        return [int(token) for token in tokenizer("")["input_ids"]]
+    except Exception:  # one that takes no empty text says so where it matters
+        return []
 
 
 def _text_config(model: nn.Module) -> Any:

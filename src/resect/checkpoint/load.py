@@ -48,6 +48,9 @@ from resect.checkpoint.weights import (
     check_complete,
     check_index,
     check_room,
+    check_types,
+    computed,
+    conversion_errors,
     listed,
     shapes_in,
     weight_files,
@@ -61,6 +64,10 @@ from resect.surroundings import unaffected
 __all__ = ["DEMO", "Source", "check_finite", "find", "load", "load_tokenizer", "skeleton"]
 
 Check = Callable[[PreTrainedModel], None]
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 SHOWN = 600
 """Characters of a foreign message that are repeated."""
 
@@ -109,6 +116,8 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     source = find(name, weights=False)
     options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     options["trust_remote_code"] = trust_remote_code and not source.gguf  # False: None would ask on the terminal
+    if source.local and not source.gguf:
+        _check_whole(Path(source.place))
     with quiet(), read_once():
         tokenizer = _asked(source, lambda: AutoTokenizer.from_pretrained(source.place, **options), what="tokenizer")
         if source.gguf:
@@ -120,6 +129,14 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
             "(model_max_length in tokenizer_config.json); it should be a number."
         )
     return tokenizer
+
+
+def _check_whole(directory: Path) -> None:
+    """Refuses files of a tokenizer that are links to nothing, directories or pipes: they would be passed over in silence."""
+    for name in TOKENIZER_FILES:
+        file = directory / name
+        if os.path.lexists(file) and not file.is_file():
+            raise CheckpointError(f"{file} is no file that can be read (a directory, a pipe, or a link to nothing).")
 
 
 @unaffected()
@@ -144,7 +161,7 @@ def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
     except (ResectError, MemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = conversion_errors(error) or " ".join(str(error).split()) or type(error).__name__
         if "pytorch_model.bin" in said or "safetensors" in said and not source.local:
             raise pickled(source.asked, "no safetensors file on the hub") from error
         if source.local:
@@ -179,8 +196,27 @@ def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool, check: Ch
         _warn_of_heads(source, heads)
         forget_prediction_heads(model.config)
     superfluous = [name for name in report["unexpected_keys"] if source.gguf and name in TABLES]
+    superfluous += computed(report["unexpected_keys"], stored or {})
     check_complete(model, report, source.asked, ignored=[*heads, *superfluous])
+    _settle_ties(source, model)
     return model
+
+
+def _settle_ties(source: Source, model: PreTrainedModel) -> None:
+    """The configuration says that the words' tables are two where the files hold two: transformers keeps both then."""
+    text = model.config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or not getattr(model, "_tied_weights_keys", None):
+        return
+    rows, head = (getattr(one, "weight", None) for one in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if rows is None or head is None or rows is head or rows.shape != head.shape:
+        return
+    text.tie_word_embeddings = model.config.tie_word_embeddings = False
+    warnings.warn(
+        f"The configuration of {source.asked} says that embedding and language head are one table "
+        "(tie_word_embeddings), and its files hold two that differ. Both are kept, and what is saved says so.",
+        ResectWarning,
+        stacklevel=2,
+    )
 
 
 def _loaded(
@@ -223,7 +259,7 @@ def _stored_shapes(source: Source, fields: Mapping[str, Any]) -> Shapes | None:
     if source.gguf:
         return check_header(_file(source))
     if source.local:
-        return shapes_in(weight_files(Path(source.place), fields))
+        return _plain_shapes(weight_files(Path(source.place), fields), fields)
     if find_adapter_config_file(source.place) is not None:
         raise adapted(source.asked, Path(cached_file(source.place, "adapter_config.json")))  # type: ignore[arg-type]
     return _shapes_on_the_hub(source, fields)
@@ -240,7 +276,14 @@ def _shapes_on_the_hub(source: Source, fields: Mapping[str, Any]) -> Shapes | No
     if INDEX in files:
         for name in check_index(files[INDEX]):
             cached_file(source.place, name)
-    return shapes_in(weight_files(next(iter(files.values())).parent, fields)) if files else None
+    return _plain_shapes(weight_files(next(iter(files.values())).parent, fields), fields) if files else None
+
+
+def _plain_shapes(files: Sequence[Path], fields: Mapping[str, Any]) -> Shapes:
+    """The shapes in some files, whose weights are numbers unless a `quantization_config` tells what they are."""
+    if not fields.get("quantization_config"):
+        check_types(files)
+    return shapes_in(files)
 
 
 def _config(source: Source, trust_remote_code: bool, *, weights: bool = False) -> Any:

@@ -24,6 +24,15 @@ PACKED = 8
 SPARE = 2**26
 """Elements that may be made up before what is missing is named: 256 MiB of float32."""
 
+COMPUTED = re.compile(
+    r"(\.masked_bias|attn(\.attention)?\.(bias|causal_mask|embed_positions)|rotary(_emb)?\.(inv_freq|cos_cached|sin_cached)"
+    r"|\.position_ids)$"
+)
+"""What older versions of transformers kept beside the weights: masks and tables that models compute."""
+WEIGHT = re.compile(r"(weight|bias|_proj|A_log)$")
+NUMBERS = re.compile(r"^(B?F\d|FP\d)")
+"""The types of safetensors that a weight can have as it is; whole numbers are codes, and what they mean stands elsewhere."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -111,6 +120,38 @@ def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
                     raise CheckpointError(f"{name[:200]} is in {owners[name]} and in {file.name}. Which is meant?")
                 found[name], owners[name] = tuple(opened.get_slice(name).get_shape()), file
     return found
+
+
+def check_types(files: Sequence[Path]) -> None:
+    """Refuses weights that are stored as whole numbers, truth values or complex ones; for files without `quantization_config`."""
+    for file in files:
+        with reading(f"the weights {file}"), safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                kind = str(part.get_dtype())
+                if WEIGHT.search(name) and len(part.get_shape()) < 4 and not NUMBERS.match(kind):
+                    raise CheckpointError(
+                        f"{file} holds {name[:200]} as {kind}, and no `quantization_config` in config.json says what these "
+                        "codes mean. Get a copy that is not quantised."
+                    )
+
+
+def computed(names: Iterable[str], shapes: Shapes) -> list[str]:
+    """Those of some stored tensors that no model learns: `COMPUTED` names, and no vector or matrix that could be a weight."""
+    found = [name for name in names if COMPUTED.search(name)]
+    return [name for name in found if not name.endswith(".bias") or len(shapes.get(name, ())) == 4]
+
+
+def conversion_errors(error: BaseException) -> str:
+    """What transformers could not make of some tensors, which its error leaves to a report that is never shown; "" if nothing."""
+    trace = error.__traceback__
+    while trace is not None:
+        report = getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if report:
+            first = [f"{name[:200]}: {' '.join(str(said).split())[:300]}" for name, said in report.items()]
+            return listed(first, most=1)
+        trace = trace.tb_next
+    return ""
 
 
 def check_room(empty: nn.Module, shapes: Shapes, asked: str, *, packed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,21 @@ class _Loader(yaml.SafeLoader):
         """The values in a node, itself among them."""
         if isinstance(node, yaml.ScalarNode):
             return 1
+        if isinstance(node, yaml.MappingNode):
+            _check_distinct(node)
         inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         size = 1 + sum(self._sizes[id(part)] for part in inside)
         if size > MOST:
             raise yaml.YAMLError(f"it holds more than {MOST:,} values, those under aliases counted")
         return size
+
+
+def _check_distinct(node: yaml.MappingNode) -> None:
+    """Refuses a key that stands twice in one mapping: either value may be meant."""
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise yaml.YAMLError(f"the key {shown(twice[0])} stands there twice")
 
 
 _Loader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
@@ -116,6 +127,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
     name = shown(str(path))
     try:
         file = Path(path).expanduser()
+        if file.exists() and not file.is_file():
+            raise UsageError(f"The recipe {name} is a directory, a pipe or a device. Name a YAML file.")
         if not file.is_file():
             raise UsageError(f"There is no recipe {name}. {_beside(file)}".rstrip())
         with file.open("rb") as stream:
@@ -140,6 +153,8 @@ def parsed(text: str) -> Any:
     """The values of a YAML text; `ValueError` for whatever is wrong with it, which is found before anything is multiplied."""
     try:
         return yaml.load(text, _Loader)
+    except AttributeError as problem:  # PyYAML takes apart what it has not looked at: `!!timestamp x`
+        raise ValueError("a value does not fit its tag") from problem
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as problem:
         raise ValueError(" ".join(str(problem).split())[:400].rstrip(".")) from problem
 
