@@ -24,6 +24,7 @@ from resect.graph import rules
 from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
+from resect.graph.fakes import operate
 from resect.graph.groups import Frame, Graph, Loop, Operation
 from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ def retrace(model: nn.Module, graph: Graph) -> Graph:
 
 def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     recorder = Recorder({id(module): name for name, module in model.named_modules()}, fake=fake)
-    mode = _fake_mode() if fake else None
+    recorder.mode = mode = _fake_mode() if fake else None
     with mode or nullcontext(), torch.no_grad():
         state = {name: _fake(tensor) if fake else _real(tensor) for name, tensor in _state(model)}
         args, kwargs = _example(example_inputs, mode)
@@ -134,6 +135,7 @@ class Replay:
     def __init__(self, model: nn.Module, graph: Graph, removed: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
         self._model, self._graph, self._shapes = model, graph, shapes
         self._kept = {atom: atom.size - removed.get(name, 0) for atom, name in graph.witness.groups.items()}
+        self._demanded: dict[int, list[tuple[int, ...]]] = {}
         self._mode = _fake_mode() if graph.witness.fake else None
         self._blank = self._tensors() if self._mode else None  # fake tensors have no values that a run could change
 
@@ -156,7 +158,9 @@ class Replay:
                 return -1, "", str(problem)
             names = {id(module): name for name, module in model.named_modules()}
             state = {name: tensors[id(tensor)] for name, tensor in _state(model) if id(tensor) in tensors}
-            replayer = Replayer(names, self._graph, self._kept, gone=gone, ignored={names[key] for key in ignored})
+            stand_ins = {names[key] for key in ignored}
+            replayer = Replayer(names, self._graph, self._kept, self._demanded, gone=gone, ignored=stand_ins)
+            replayer.mode = mode
             try:
                 with mode or nullcontext(), torch.no_grad(), _silent(), replayer.watching(), replayer:
                     torch.func.functional_call(model, state, args, kwargs)
@@ -201,6 +205,9 @@ class _LooksAtData(Exception):
 class Watcher(TorchDispatchMode):
     """Sees every operator and follows which module is running, through hooks on no module in particular."""
 
+    mode: FakeTensorMode | None = None
+    """The mode of the fake tensors that operators run on, if they do."""
+
     def __init__(self, names: Mapping[int, str], path: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.where = path or ""
@@ -236,7 +243,7 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs one operator."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = operate(func, args, kwargs, self.mode) if self.mode else func(*args, **kwargs)
         outputs = _tensors(result)
         if func in TELLING:
             self.told(args, result)
@@ -260,13 +267,17 @@ class Watcher(TorchDispatchMode):
 
 
 class Replayer(Watcher):
-    """Holds every operator of a cut network against the dense run."""
+    """Holds every operator of a cut network against the dense run.
+
+    `demanded` keeps the shapes that operators must put out, by number, for the next replay of the same cut.
+    """
 
     def __init__(
         self,
         names: Mapping[int, str],
         graph: Graph,
         kept: Mapping[Atom, int],
+        demanded: dict[int, list[tuple[int, ...]]],
         *,
         gone: Collection[str] = (),
         ignored: Collection[str] = (),
@@ -286,6 +297,7 @@ class Replayer(Watcher):
         self._bodies: list[range] = []
         self._witness = graph.witness
         self._kept = kept
+        self._demanded = demanded
         self._blocks = graph.blocks
         self._gone = gone
         self._ignored = ignored
@@ -305,7 +317,7 @@ class Replayer(Watcher):
             if loop and operation.name == name:
                 self._begin(loop, place, len(outputs))
                 return
-            disagreement = self._disagreement(operation, name, args, kwargs, func, outputs)
+            disagreement = self._disagreement(number, name, args, kwargs, func, outputs)
             if not disagreement:
                 self._next, self.reached = place + 1, max(self.reached, number + 1)
                 return
@@ -334,8 +346,7 @@ class Replayer(Watcher):
     def _iterate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Follows the iterations that agree so far."""
         assert self._loop is not None
-        operations = [self._witness.operations[body[0]] for body in self._bodies]
-        found = [self._disagreement(operation, name, args, kwargs, func, outputs) for operation in operations]
+        found = [self._disagreement(body[0], name, args, kwargs, func, outputs) for body in self._bodies]
         fitting = [body for body, disagreement in zip(self._bodies, found, strict=True) if not disagreement]
         if not fitting:
             raise ModelError(found[0])
@@ -346,13 +357,16 @@ class Replayer(Watcher):
             self._bodies = list(self._loop.bodies) if self._times else []
 
     def _disagreement(
-        self, operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]
+        self, number: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]
     ) -> str:
+        operation = self._witness.operations[number]
         if operation.name != name:
             return f"{name} runs where {operation.name} ran before"
         found = [tuple(output.shape) for output in outputs]
-        if not self._witness.fits(operation, found, self._kept):
-            return f"{name} puts out {found}, the coupling demands {self._witness.shapes(operation, self._kept)}"
+        if number not in self._demanded:
+            self._demanded[number] = self._witness.shapes(operation, self._kept)
+        if not self._witness.fits(operation, found, self._demanded[number]):
+            return f"{name} puts out {found}, the coupling demands {self._demanded[number]}"
         constants = () if name == "aten.eq" and operation.before else _constants(args, kwargs, func)
         if constants != operation.constants:
             return f"{name} is given {constants}, it was {operation.constants}: a constant that follows a size"

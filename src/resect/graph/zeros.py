@@ -7,7 +7,7 @@ are, and many functions are zero at zero. Whatever cannot be said so is not know
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -97,8 +97,10 @@ def memory(tensor: Tensor) -> int:
     return number
 
 
-def _once(axes: Sequence[Axis], atoms: Iterable[Atom]) -> frozenset[Atom]:
+def _once(axes: Sequence[Axis], atoms: Collection[Atom]) -> frozenset[Atom]:
     """Those leaves that lie under only one axis, and there only once: of others it would not be clear along which."""
+    if not atoms:
+        return frozenset()
     occurring = Counter(leaf for axis in axes for leaf in below(axis))
     return frozenset(leaf for leaf in below(atoms) if occurring[leaf] == 1)
 
