@@ -230,3 +230,16 @@ def test_a_file_of_others_costs_no_progress(tmp_path: Path) -> None:
     (tmp_path / "p" / "Thumbs.db").write_text("a picture")
     resumed(tmp_path / "p")
     assert names(tmp_path / "p") == before | {"Thumbs.db"}
+
+
+@pytest.mark.parametrize("temporary", [False, True])
+def test_only_what_may_be_resumed_waits_for_the_disk(
+    temporary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Progress(tmp_path / "progress", {}, temporary=temporary)
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    progress.put("a/b", {"x": torch.arange(3)})
+    assert (len(flushed) == 0) == temporary
+    found = progress.need("a/b")
+    assert torch.equal(found["x"], torch.arange(3))

@@ -49,11 +49,15 @@ class Progress:
 
     `asked` is what the run was asked for; a directory that was filled for another request is refused. Without `resume` earlier
     progress is removed, but never a directory that holds anything else. With it everything is read once: what does not match its
-    digest counts as not done, like all that came after it, and a warning says so.
+    digest counts as not done, like all that came after it, and a warning says so. Sets of tensors in a `temporary` directory,
+    which nobody resumes, need not be on the disk before the work goes on.
     """
 
-    def __init__(self, directory: str | Path, asked: Any, *, resume: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, asked: Any, *, resume: bool = False, temporary: bool = False
+    ) -> None:
         self.directory = Path(directory)
+        self._flush = not temporary
         described = json.dumps(asked, sort_keys=True, default=str)
         self._key = digest_of_text(described)
         with noting_progress(self.directory):
@@ -66,7 +70,7 @@ class Progress:
         path = self._path(name)
         with noting_progress(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, tensors, key=self._key + name)
+            write_tensors(path, tensors, key=self._key + name, flush=self._flush)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """The tensors under a name, if they were noted. Raises `CheckpointError` where they were damaged since this began."""
@@ -266,21 +270,26 @@ def damaged_message(directory: Path, names: Iterable[str]) -> str:
     return f"{directory}: {listed[0]}{more} was damaged since it was noted, and counts as not done. It is made anew."
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str = "") -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, key: str = "", flush: bool = True
+) -> None:
     """A safetensors file with a digest of the tensors in it, which appears whole and is on the disk then.
 
-    `key` says what the tensors are of, and is part of the digest. Raises `OSError` or `SafetensorError`.
+    Without `flush` it may get there later. `key` says what the tensors are of, and is part of the digest.
+    Raises `OSError` or `SafetensorError`.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(stored, partial, {_DIGEST: digest(stored, key=key)})
-        flush_file(partial)
+        if flush:
+            flush_file(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    if flush:
+        flush_folder(path.parent)
 
 
 def read_tensors(path: Path, *, key: str = "") -> dict[str, Tensor]:

@@ -297,7 +297,7 @@ def _noted(directory: str | Path | None, asked: Any, resume: bool) -> Iterator[P
         yield Progress(directory, asked, resume=resume)
         return
     with temporary_folder("for what a method notes") as temporary:
-        yield Progress(temporary, asked)
+        yield Progress(temporary, asked, temporary=True)
 
 
 @contextmanager
