@@ -71,7 +71,7 @@ def telling(doing: str) -> Iterator[None]:
     except (ResectError, BrokenPipeError):
         raise
     except (MemoryError, RuntimeError) as problem:
-        if not _of_memory(problem):
+        if not is_of_memory(problem):
             raise
         raise _with_notes(OutOfMemory(_memory_message(doing, problem)), problem) from problem
     except OSError as problem:
@@ -84,12 +84,20 @@ def _with_notes(error: ResectError, problem: BaseException) -> ResectError:
     return error
 
 
-_ALLOCATORS = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-"""What allocators say: torch's on CPUs and on GPUs, the operating system, C++."""
+_ALLOCATORS = (
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
+"""What allocators say: torch's on CPUs and on GPUs, the operating system, C++; and Python, without room for a stack."""
 _ASKED_FOR = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ ?[KMGT]?i?B)", re.IGNORECASE)
 
 
-def _of_memory(problem: Exception) -> bool:
+def is_of_memory(problem: Exception) -> bool:
+    """Whether an error says that memory ran out."""
     return isinstance(problem, MemoryError) or any(words in str(problem) for words in _ALLOCATORS)
 
 

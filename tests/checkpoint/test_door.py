@@ -212,6 +212,12 @@ class TestAdapters:
                     read(place)
 
 
+    def test_weights_of_an_adapter_without_its_configuration(self, directory: Path) -> None:
+        save_file({"a": torch.ones(1)}, directory / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=r"weights of an adapter.*merge_and_unload"):
+            load(directory)
+
+
 class TestIndex:
     def test_a_sound_one(self, sharded: Path) -> None:
         assert load(sharded).config.hidden_size == 32
@@ -301,6 +307,9 @@ class TestConfiguration:
         "fields",
         [
             {"hidden_size": 63},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}},
             {"hidden_size": -32},
             {"num_attention_heads": 0},
             {"num_attention_heads": 7},

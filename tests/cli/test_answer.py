@@ -65,6 +65,7 @@ def raising(problem: BaseException) -> Callable[[Answer], None]:
         (TypeError("a" * 9999), 1, "error: This is a fault of resect's: TypeError: aaa"),
         (MemoryError(), 1, "error: Asked to carry out the command; memory ran out."),
         (RuntimeError(ON_CPU), 1, "268.4 MB"),
+        (RuntimeError("can't start new thread"), 1, "memory ran out"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), 1, "2.50 GiB more were asked for"),
         (DENIED, 1, "error: Asked to carry out the command; '/x/y': Permission denied."),
         (OSError("connection lost"), 1, "connection lost."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,8 +84,22 @@ def check_fields(fields: Fields, file: str | Path, *, trust_remote_code: bool) -
         )
     for place, name, value in numbers(fields):
         _check_number(file, place, name, value)
+    for place, value in _rotary_figures(fields):
+        if not (math.isfinite(value) and value > 0):
+            raise CheckpointError(f"{file}: {place} is {value}; it must be a number above 0.")
     for name in _implementations(fields):
         raise CheckpointError(f"{file} asks for {name[:100]!r}, code on the hub, to compute with. Take that field out.")
+
+
+def _rotary_figures(fields: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """The figures that rotary positions are computed from: where they stand, and the number."""
+    for name, value in fields.items() if isinstance(fields, Mapping) else ():
+        where = f"{place}.{name}" if place else str(name)
+        is_rotary = name == "rope_theta" or (name == "factor" and "rope" in place)
+        if is_rotary and isinstance(value, int | float) and not isinstance(value, bool):
+            yield where, value
+        else:
+            yield from _rotary_figures(value, where)
 
 
 def _is_known(model_type: str) -> bool:

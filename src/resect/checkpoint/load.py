@@ -56,7 +56,7 @@ from resect.checkpoint.weights import (
     weight_files,
 )
 from resect.errors import CheckpointError, ModelError, NumericsError, ResectError, ResectWarning
-from resect.explain import telling
+from resect.explain import is_of_memory, telling
 from resect.files import reading
 from resect.surgery import modeling_resect
 from resect.surroundings import unaffected
@@ -161,6 +161,8 @@ def _asked(source: Source, read: Any, *, what: str = "model") -> Any:
     except (ResectError, MemoryError):
         raise
     except Exception as error:
+        if is_of_memory(error):
+            raise
         said = conversion_errors(error) or " ".join(str(error).split()) or type(error).__name__
         if "pytorch_model.bin" in said or "safetensors" in said and not source.local:
             raise pickled(source.asked, "no safetensors file on the hub") from error

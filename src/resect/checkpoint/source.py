@@ -112,6 +112,11 @@ def _directory(asked: str, path: Path, weights: bool) -> Source:
         names = set(os.listdir(path))
     if "adapter_config.json" in names:
         raise adapted(asked, path / "adapter_config.json")
+    if "adapter_model.safetensors" in names:
+        raise CheckpointError(
+            f"Asked for the model {asked!r}, which has the weights of an adapter (adapter_model.safetensors), and no "
+            "adapter_config.json that says what they are. Merge them first, PeftModel.merge_and_unload(), or move them away."
+        )
     if "config.json" not in names:
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
         hint = f"Name the file: {path / ggufs[0]}" if ggufs else nearest_local(path)
