@@ -84,9 +84,9 @@ def check_fields(fields: Fields, file: str | Path, *, trust_remote_code: bool) -
         )
     for place, name, value in numbers(fields):
         _check_number(file, place, name, value)
-    for place, value in _rotary_figures(fields):
-        if not (math.isfinite(value) and value > 0):
-            raise CheckpointError(f"{file}: {place} is {value}; it must be a number above 0.")
+    for place, figure in _rotary_figures(fields):
+        if not (math.isfinite(figure) and figure > 0):
+            raise CheckpointError(f"{file}: {place} is {figure}; it must be a number above 0.")
     for name in _implementations(fields):
         raise CheckpointError(f"{file} asks for {name[:100]!r}, code on the hub, to compute with. Take that field out.")
 
