@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GenerationConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     GPT2Config,
@@ -375,6 +376,23 @@ class TestConfiguration:
         (directory / "generation_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"generation_config.json"):
             load(directory)
+
+
+def test_generation_settings_that_a_disk_fails_to_give_are_not_replaced(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed(directory / "generation_config.json", lambda fields: fields.update({"max_new_tokens": 7}))
+    read, calls = GenerationConfig.from_pretrained.__func__, []  # type: ignore[attr-defined]
+
+    def failing(kind: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == 1:  # transformers takes those of config.json then, and says nothing
+            raise OSError("input/output error")
+        return read(kind, *arguments, **options)
+
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", classmethod(failing))
+    generation: Any = load(directory).generation_config
+    assert generation.max_new_tokens == 7
 
 
 class TestPlaces:

@@ -83,7 +83,8 @@ class Disk:
         return changed
 
     def sync(self, path: str) -> None:
-        """The file or directory at a path is on the disk now."""
+        """The file or directory at a path is on the disk now, with all that was done to it."""
+        self.look()
         node: Node = self.top
         for part in os.path.relpath(path, self.root).split(os.sep):
             if part == ".":

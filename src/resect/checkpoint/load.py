@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -63,6 +70,7 @@ from resect.surroundings import unaffected
 
 __all__ = ["DEMO", "Source", "check_finite", "find", "load", "load_tokenizer", "skeleton"]
 
+GENERATION = "generation_config.json"
 Check = Callable[[PreTrainedModel], None]
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -192,6 +200,7 @@ def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool, check: Ch
             check(empty)
         del empty
     model, report = _loaded(source, config, dtype, trust_remote_code)
+    _read_generation(source, model)
     if check is not None and stored is None:
         check(model)
     if heads or prediction_heads(config):
@@ -355,9 +364,18 @@ def _is_packed(source: Source, fields: Mapping[str, Any]) -> bool:
 
 def _check_beside(source: Source) -> None:
     """Reads what transformers would pass over in silence where it is damaged."""
-    for name in () if source.gguf or not source.local else ("generation_config.json",):
-        if os.path.lexists(file := Path(source.place) / name):
-            read_configuration(file)
+    if _has_generation(source):
+        read_configuration(Path(source.place) / GENERATION)
+
+
+def _read_generation(source: Source, model: PreTrainedModel) -> None:
+    """Reads the settings of generation once more: transformers takes others, in silence, where a disk fails at them."""
+    if _has_generation(source) and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(source.place)
+
+
+def _has_generation(source: Source) -> bool:
+    return source.local and not source.gguf and os.path.lexists(Path(source.place) / GENERATION)
 
 
 def _further_heads(config: PreTrainedConfig, stored: Shapes) -> list[str]:
