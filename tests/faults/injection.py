@@ -107,7 +107,7 @@ def stop() -> None:
 
 
 def _watched(path: Any, dir_fd: int | None = None) -> str | None:
-    """The absolute path, if it lies below the folder that is watched."""
+    """The absolute path, if it is the folder that is watched, or lies below it."""
     if not _active:
         return None
     if isinstance(path, int):
@@ -117,7 +117,13 @@ def _watched(path: Any, dir_fd: int | None = None) -> str | None:
     if dir_fd is not None:
         text = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), text)
     text = os.path.abspath(text)
-    return text if text.startswith(_active[0].root + os.sep) else None
+    return text if _is_inside(text) else None
+
+
+def _is_inside(text: str) -> bool:
+    """Whether an absolute path is watched: the folder itself counts, whose names are flushed too."""
+    root = _active[0].root
+    return text == root or text.startswith(root + os.sep)
 
 
 def _of_descriptor(descriptor: int) -> str | None:
@@ -125,7 +131,7 @@ def _of_descriptor(descriptor: int) -> str | None:
         text = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return None
-    return text if _active and text.startswith(_active[0].root + os.sep) else None
+    return text if _active and _is_inside(text) else None
 
 
 class _Raw(io.FileIO):
