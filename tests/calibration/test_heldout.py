@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from resect.calibration import evaluation_tokens, held_out, token_sizes, wikitext_rows
+from resect.calibration import evaluation_tokens, held_out, texts_in_tokens, token_sizes, tokenised, wikitext_rows
 from resect.calibration.corpora import is_wikitext, sections
 from resect.errors import DataError, UsageError
 from tests.models import tiny_tokenizer
@@ -103,3 +103,33 @@ def test_every_byte_belongs_to_one_token(tmp_path: Path) -> None:
     held = held_out(str(tmp_path / "a.txt"), tiny_tokenizer(), limit=4)
     assert held.sizes is not None
     assert (len(held.tokens), held.sizes.tolist()) == (4, [1, 1, 1, 1])
+
+
+def test_a_long_text_goes_through_the_tokenizer_in_sections(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No call gets more than two sections; tokens, bytes of tokens and counts are those of the whole."""
+    text = "".join(f"Zeile {n}, 🙂 naïve\n" for n in range(400))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    whole = held_out(str(tmp_path / "a.txt"), tokenizer)
+    together = list(texts_in_tokens(["short", text, "end"], tokenizer))
+    given: list[int] = []
+    plain = type(tokenizer).__call__
+
+    def watched(self: object, texts: str | list[str], **kwargs: object) -> object:
+        given.append(sum(map(len, [texts] if isinstance(texts, str) else texts)))
+        return plain(self, texts, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    monkeypatch.setattr(tokenised, "SECTION", 500)
+    parts = held_out(str(tmp_path / "a.txt"), tokenizer)
+    assert parts.tokens.equal(whole.tokens)
+    assert parts.sizes is not None
+    assert whole.sizes is not None
+    assert parts.sizes.equal(whole.sizes)
+    assert int(parts.sizes.sum()) == len(text.encode())
+    found = list(texts_in_tokens(["short", text, "end"], tokenizer))
+    assert [list(one) for one in found] == [list(one) for one in together]
+    assert held_out(str(tmp_path / "a.txt"), tokenizer, limit=700).tokens.equal(whole.tokens[:700])
+    assert max(given) < 1100

@@ -15,6 +15,7 @@ from resect.calibration.hub import HUB, HubSet
 from resect.calibration.limits import check_length, check_vocabulary, check_windows, positions_of
 from resect.calibration.passages import package_root
 from resect.calibration.sources import read_rows, read_texts
+from resect.calibration.tokenised import sections_in_places, texts_in_tokens
 from resect.calibration.windows import digest
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "positions_of",
     "read_rows",
     "read_texts",
+    "sections_in_places",
+    "texts_in_tokens",
     "token_sizes",
     "wikitext_rows",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from resect.calibration.corpora import sections
 from resect.calibration.generated import start_token, write
 from resect.calibration.sources import SELF, read_corpus
-from resect.calibration.windows import Windows, crop, different, digest, pack
+from resect.calibration.tokenised import texts_in_tokens
+from resect.calibration.windows import Piece, Windows, crop, different, digest, pack
 from resect.errors import DataError, UsageError
 from resect.explain import telling
 from resect.ranges import seed_of, whole
@@ -144,14 +146,14 @@ def _pieces(documents: Sequence[str], characters: int) -> tuple[list[int], list[
 
 def _encode(
     pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int, enough: int | None = None
-) -> list[list[int]]:
+) -> list[Piece]:
     """The tokens of the pieces in turn, all or until `enough` of them have `length` tokens."""
-    encoded: list[list[int]] = []
+    encoded: list[Piece] = []
     long = 0
     with tqdm(total=len(pieces), desc="tokenising", unit="piece", delay=1) as bar:
         for start in range(0, len(pieces), ENCODED_TOGETHER):
             some = list(pieces[start : start + ENCODED_TOGETHER])
-            tokens = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = [array("i", found) for found in texts_in_tokens(some, tokenizer)]
             encoded += tokens
             long += sum(len(piece) >= length for piece in tokens)
             bar.update(len(some))
@@ -160,12 +162,18 @@ def _encode(
     return encoded
 
 
-def _rejoin(encoded: Sequence[list[int]], order: Sequence[int], owners: Sequence[int]) -> dict[int, list[int]]:
+def _rejoin(encoded: Sequence[Piece], order: Sequence[int], owners: Sequence[int]) -> dict[int, Piece]:
     """Each document's tokens by its number: its pieces in order again, documents as they came."""
-    parts: dict[int, dict[int, list[int]]] = {}
+    parts: dict[int, dict[int, Piece]] = {}
     for number, tokens in zip(order, encoded, strict=True):
         parts.setdefault(owners[number], {})[number] = tokens
-    return {owner: [token for number in sorted(own) for token in own[number]] for owner, own in parts.items()}
+    joined: dict[int, Piece] = {}
+    for owner, own in parts.items():
+        tokens = array("i")
+        for number in sorted(own):
+            tokens.extend(own[number])
+        joined[owner] = tokens
+    return joined
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from resect.calibration.corpora import wikitext_lines
 from resect.calibration.sources import read_corpus
+from resect.calibration.tokenised import sections_in_places, sections_in_tokens
 from resect.errors import DataError, UsageError
 from resect.ranges import MOST, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-LONG = 1 << 24
-"""Characters of a text that is tokenised whole, whatever the limit."""
-CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def held_out(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | No
     """The `evaluation_tokens` of a text, and how many of its bytes each of them covers."""
     text = evaluation_text(source)
     tokens = _tokens(source, text, tokenizer, limit=limit)
-    return HeldOut(tokens, token_sizes(_enough(text, limit), tokenizer, len(tokens)))
+    return HeldOut(tokens, token_sizes(text, tokenizer, len(tokens)))
 
 
 def token_sizes(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor | None:
@@ -46,16 +44,36 @@ def token_sizes(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Te
     """
     if not tokenizer.is_fast or not count:
         return None
-    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
-    stops = torch.tensor([stop for _, stop in found[:count]]).cummax(0).values
-    points = torch.tensor(list(map(ord, text[: int(stops[-1])])), dtype=torch.long)
-    widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
-    ends = torch.cat([points.new_zeros(1), widths.cumsum(0)])[stops]
-    return ends.diff(prepend=ends.new_zeros(1))
+    ends: list[Tensor] = []
+    have = 0
+    bytes_before = last = 0
+    for _, stops in sections_in_places(text, tokenizer):
+        stops = stops[: count - have]
+        have += len(stops)
+        if not stops:
+            continue
+        section = text[last : max(stops)]
+        reached = torch.tensor(stops).sub_(last).clamp_min_(0).cummax(0).values
+        widths = _widths(section)
+        ends.append(bytes_before + torch.cat([widths.new_zeros(1), widths.cumsum(0)])[reached])
+        bytes_before += int(widths.sum())
+        last += len(section)
+        if have == count:
+            break
+    found = torch.cat(ends)
+    return found.diff(prepend=found.new_zeros(1))
+
+
+def _widths(text: str) -> Tensor:
+    """Bytes of each character in UTF-8."""
+    points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
+    return 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
 
 
 def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Tensor:
-    """The tokens [n] of a whole text, tokenised once and without begin-of-text; the first `limit` where one is given.
+    """The tokens [n] of a whole text, without begin-of-text; the first `limit` where one is given.
+
+    Up to 16 million characters are tokenised at once, a longer text in sections, cut at line ends.
 
     A text file is taken as it stands; rows of JSON files, hub data sets and ``demo`` (their held-out split) are joined
     with a blank line. A file whose first line is a WikiText heading (`` = Title = ``) is put in rows first, see
@@ -72,19 +90,14 @@ def _check_limit(limit: int | None) -> None:
 
 def _tokens(source: str, text: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None) -> Tensor:
     _check_limit(limit)
-    tokens = tokenizer(_enough(text, limit), add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = array("q")
+    for section in sections_in_tokens(text, tokenizer):
+        tokens.extend(section)
+        if limit is not None and len(tokens) >= limit:
+            break
     if len(tokens) < 2:
         raise DataError(f"{source!r} gives {len(tokens)} tokens to evaluate on, 2 are needed. Give a longer text.")
-    return torch.tensor(tokens[:limit], dtype=torch.long)
-
-
-def _enough(text: str, limit: int | None) -> str:
-    """The front of a very long text that certainly holds the tokens of a limit, up to the end of a word; others whole."""
-    size = LONG if limit is None else max(LONG, CHARACTERS_PER_TOKEN * limit)
-    if limit is None or len(text) <= size:
-        return text
-    end = max(text.rfind(" ", 0, size), text.rfind("\n", 0, size))
-    return text[: end if end > size // 2 else size]
+    return torch.tensor(np.frombuffer(tokens, dtype=np.int64)[:limit])
 
 
 def evaluation_text(source: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +46,13 @@ def crop(pieces: Sequence[Piece], length: int, generator: torch.Generator) -> It
 
 def pack(pieces: Sequence[Piece], length: int, generator: torch.Generator, *, separator: Piece) -> Iterator[Window]:
     """The windows, in random order, of one stream: all pieces in the order given, `separator` between them."""
-    stream: list[int] = []
-    owner: list[int] = []
+    stream = array("i")
+    owner = array("i")
     for number, piece in enumerate(pieces):
         between = separator if number else []
-        stream += [*between, *piece]
-        owner += [-1] * len(between) + [number] * len(piece)
+        stream.extend(between)
+        stream.extend(piece)
+        owner.extend(array("i", [-1]) * len(between) + array("i", [number]) * len(piece))
     slots = len(stream) // length
     first = _below(len(stream) - slots * length + 1, generator)
     for slot in torch.randperm(slots, generator=generator).tolist():

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from resect.calibration import texts_in_tokens
 from resect.checkpoint.silence import quiet
 from resect.errors import UsageError
 from resect.files import temporary_folder
@@ -23,7 +24,6 @@ from resect.files import temporary_folder
 Document = dict[str, Any]
 """What tokenizer.json holds."""
 
-ENCODED_TOGETHER = 256
 ROLES = ("system", "user", "assistant")
 NUMBERS = ("id", "ids", "pad_id")
 """Where post-processors and padding say tokens by number."""
@@ -77,11 +77,9 @@ def base_tokens(tokenizer: Any, parts: Parts | None = None) -> set[int]:
 
 def token_counts(tokenizer: Any, texts: str | Iterable[str]) -> Counter[int]:
     """How often each token occurs in the texts."""
-    given = [texts] if isinstance(texts, str) else list(texts)
     counts = Counter[int]()
-    for start in range(0, len(given), ENCODED_TOGETHER):
-        for tokens in tokenizer(given[start : start + ENCODED_TOGETHER], add_special_tokens=False, verbose=False)["input_ids"]:
-            counts.update(tokens)
+    for tokens in texts_in_tokens([texts] if isinstance(texts, str) else texts, tokenizer):
+        counts.update(tokens)
     return counts
 
 

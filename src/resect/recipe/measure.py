@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from resect.calibration import HeldOut, check_length, check_vocabulary, digest, evaluation_text, held_out, token_sizes
+from resect.calibration import (
+    HeldOut,
+    check_length,
+    check_vocabulary,
+    digest,
+    evaluation_text,
+    held_out,
+    sections_in_places,
+    token_sizes,
+)
 from resect.checkpoint import load, load_tokenizer, skeleton
 from resect.checkpoint.load import find
 from resect.errors import DataError, UsageError, nearest
@@ -202,11 +211,22 @@ def same_texts(texts: Mapping[str, HeldOut], tokenizer: Any, result: Result) -> 
 def _read_again(name: str, tokens: Tensor, before: Any, after: Any) -> HeldOut:
     """A text in the tokens of the tokenizer `after`, as far as its first tokens by `before` reach."""
     text = evaluation_text(name)
-    read = [one(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True) for one in (before, after)]
-    (_, stop) = read[0]["offset_mapping"][len(tokens) - 1]
-    spelled = zip(read[1]["input_ids"], read[1]["offset_mapping"], strict=True)
-    again = torch.tensor([token for token, (_, end) in spelled if end <= stop])
-    return HeldOut(again, token_sizes(text, after, len(again)))
+    stop = _end_of(len(tokens), text, before)
+    again: list[int] = []
+    for spelled, ends in sections_in_places(text, after):
+        again += [token for token, end in zip(spelled, ends, strict=True) if end <= stop]
+        if ends and ends[-1] > stop:
+            break
+    return HeldOut(torch.tensor(again), token_sizes(text, after, len(again)))
+
+
+def _end_of(count: int, text: str, tokenizer: Any) -> int:
+    """The place in a text where its first `count` tokens end."""
+    for tokens, ends in sections_in_places(text, tokenizer):
+        if count <= len(tokens):
+            return ends[count - 1]
+        count -= len(tokens)
+    raise DataError("The text has fewer tokens than were read of it before; it was changed meanwhile.")
 
 
 def measure(

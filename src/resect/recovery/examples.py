@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from resect.calibration import Rows, chat_text, read_rows
+from resect.calibration import Rows, chat_text, read_rows, texts_in_tokens
 from resect.errors import DataError, ModelError, UsageError
 from resect.recovery.facts import Counts
 from resect.recovery.settings import Recovery
@@ -31,7 +31,6 @@ WITHOUT_INPUT = (
 """The Alpaca format."""
 MULTIPLE = 8
 """Padded batches are as wide as a multiple of this, as LLM-Pruner's."""
-ENCODED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,9 @@ def packed(documents: Iterable[str], tokenizer: Any, *, length: int, counts: Cou
     texts = [text for text in documents if text.strip()]
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else _encode("\n\n", tokenizer)
     stream = array("q")  # eight bytes a token
-    for start in range(0, len(texts), ENCODED_TOGETHER):
-        some = tokenizer(texts[start : start + ENCODED_TOGETHER], add_special_tokens=False, verbose=False)["input_ids"]
-        for tokens in some:
-            stream.extend(tokens)
-            stream.extend(end)
+    for tokens in texts_in_tokens(texts, tokenizer):
+        stream.extend(tokens)
+        stream.extend(end)
     windows = len(stream) // length
     counts.remainder = len(stream) - windows * length
     if counts.rows > len(texts):
