@@ -187,6 +187,30 @@ class TestPrecision:
         assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
         assert {one.dtype for one in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
 
+    @pytest.mark.parametrize(("rows", "block"), [(48, 32), (40, 16)], ids=["two scales for 48", "three scales for 40"])
+    def test_blocks_that_are_not_full(self, tmp_path: Path, rows: int, block: int) -> None:
+        """Each scale belongs to as many rows and columns as the configuration says, the last one to fewer."""
+        config = Qwen3Config(**SMALL | {"hidden_size": 128, "intermediate_size": rows}, num_key_value_heads=2, head_dim=32)
+        Qwen3ForCausalLM(config).save_pretrained(tmp_path / "eight")
+        expected: dict[str, torch.Tensor] = {}
+
+        def narrow(weights: dict[str, torch.Tensor]) -> None:
+            for key in [key for key in weights if key.endswith("proj.weight")]:
+                grid = [-(-size // block) for size in weights[key].shape]
+                scales = torch.rand(grid) + 0.5
+                weights[key] = weights[key].to(torch.float8_e4m3fn)
+                weights[f"{key}_scale_inv"] = scales
+                spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+                size = weights[key].shape
+                expected[key] = weights[key].float() * spread[: size[0], : size[1]]
+
+        stored(tmp_path / "eight", narrow)
+        storage = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+        changed(tmp_path / "eight" / "config.json", lambda fields: fields.update(quantization_config=storage))
+        loaded = load(tmp_path / "eight", dtype=torch.float32)
+        for name in expected:
+            torch.testing.assert_close(loaded.get_parameter(name).detach(), expected[name], rtol=1e-6, atol=0)
+
     def test_what_stays_in_float32_by_design(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
         LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "model")

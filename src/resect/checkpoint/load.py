@@ -43,7 +43,7 @@ from resect.checkpoint.gguf_reading import (
     read_once,
     token_count,
 )
-from resect.checkpoint.precision import settle_dtype
+from resect.checkpoint.precision import blocks_as_said, settle_dtype
 from resect.checkpoint.record import check_record
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.source import DEMO, Source, adapted, find, nearest_local, pickled
@@ -199,7 +199,8 @@ def _read(source: Source, dtype: torch.dtype, trust_remote_code: bool, check: Ch
         if check is not None:
             check(empty)
         del empty
-    model, report = _loaded(source, config, dtype, trust_remote_code)
+    with blocks_as_said(fields.get("quantization_config")):
+        model, report = _loaded(source, config, dtype, trust_remote_code)
     _read_generation(source, model)
     if check is not None and stored is None:
         check(model)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from resect.errors import CheckpointError
 
@@ -34,6 +37,54 @@ def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if wrong:
         name, found = next(iter(wrong.items()))
         raise CheckpointError(f"{name} is stored as {found}, which cannot be widened here. Get a copy that is not quantised.")
+
+
+@contextmanager
+def blocks_as_said(storage: Any) -> Iterator[None]:
+    """Widens what is stored in blocks of eight bits by the block size that a configuration says.
+
+    `storage` is its `quantization_config`, whatever that holds. transformers divides a side by the
+    number of its scales instead. Where the last block is not full that is no whole number, an error,
+    or another block size: 48 rows in blocks of 32 have two scales, and became two blocks of 24.
+    """
+    block = storage.get("weight_block_size") if isinstance(storage, Mapping) else None
+    operation: Any = Fp8Dequantize
+    plain = operation._dequantize_one
+
+    def widened(self: Any, stored: Tensor, scales: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows, columns = stored.shape[-2:]
+        full = _full_blocks(stored, scales, block)
+        if full is None:
+            return plain(self, stored, scales, *args, **kwargs)  # type: ignore[no-any-return]
+        whole = stored.new_zeros(*stored.shape[:-2], *full, dtype=torch.float32)
+        whole[..., :rows, :columns] = stored.float()
+        found: Tensor = plain(self, whole, scales, *args, **kwargs)[..., :rows, :columns]
+        return found.contiguous()
+
+    operation._dequantize_one = widened
+    try:
+        yield
+    finally:
+        operation._dequantize_one = plain
+
+
+def _full_blocks(stored: Tensor, scales: Tensor, block: Any) -> tuple[int, int] | None:
+    """Rows and columns with the last blocks filled up; None where they are full, or the scales are of other blocks."""
+    if not _is_pair(block) or not stored.is_floating_point() or scales.dim() < 2:
+        return None
+    grid = tuple(-(-size // of) for size, of in zip(stored.shape[-2:], block, strict=True))
+    full = grid[0] * block[0], grid[1] * block[1]
+    if tuple(scales.shape[-2:]) != grid or full == tuple(stored.shape[-2:]):
+        return None
+    return full
+
+
+def _is_pair(block: Any) -> bool:
+    return (
+        isinstance(block, list | tuple)
+        and len(block) == 2
+        and all(type(size) is int and size > 0 for size in block)
+    )
 
 
 def _is_packed(model: PreTrainedModel) -> bool:
