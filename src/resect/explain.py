@@ -21,6 +21,8 @@ Model = TypeVar("Model", bound=BaseModel)
 LINES = 8
 """Faults named of one value; the others are counted."""
 
+TYPES = re.compile(r"int|float|bool|str|constrained-\w+|function-\w+\[.*\]|(dict|mapping|list|tuple)\[.*\]|Mapping", re.DOTALL)
+"""What pydantic puts in a place for the type, among several, that it read a value as."""
 MUST = {
     "greater_than": "it must be more than {gt}",
     "greater_than_equal": "it must be at least {ge}",
@@ -42,7 +44,7 @@ def explain(
 
     `besides` are sections that the values decide about, where names may have been meant to stand.
     """
-    found = problem.errors(include_url=False)
+    found = _nearest_reading(problem.errors(include_url=False))
     lines = list(dict.fromkeys(_line(error, kind, at, besides or {}) for error in found[:LINES]))
     more = [f"{len(found) - LINES} more faults of this kind were found."] if len(found) > LINES else []
     return "\n".join([*lines, *more])
@@ -128,8 +130,24 @@ def _refusal(problem: OSError) -> str:
     return f"{' and '.join(places)}: {said}" if places else said
 
 
+def _nearest_reading(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Of a value that may be of several types, the faults of the type that it comes nearest to."""
+    faults = [error for error in errors if not error["type"].endswith("_type")]
+
+    def is_another_reading(error: ErrorDetails) -> bool:
+        place = _trail(error)
+        return error["type"].endswith("_type") and any(_trail(one)[: len(place)] == place for one in faults)
+
+    return [error for error in errors if not is_another_reading(error)]
+
+
+def _trail(error: ErrorDetails) -> list[Any]:
+    """The keys that lead to a fault, without pydantic's names of types."""
+    return [part for part in error["loc"] if part != "[key]" and not TYPES.fullmatch(str(part))]
+
+
 def _line(error: ErrorDetails, kind: type[BaseModel], at: str, besides: Mapping[str, type[BaseModel]]) -> str:
-    trail = [part for part in error["loc"] if part != "[key]"]
+    trail = _trail(error)
     place = ".".join(filter(None, [at, *map(str, trail)]))
     given, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
@@ -181,6 +199,21 @@ def _below(kind: type[BaseModel], name: str) -> list[str]:
     """Where a key stands in the sections of a section, as dotted places."""
     inner = [(key, one) for key in kind.model_fields for one in _sections(kind, key)]
     return [f"{key}.{name}" for key, one in inner if name in one.model_fields]
+
+
+def sizes_asked(settings: Mapping[str, Any]) -> str:
+    """What a method's settings say about how much goes; empty where a budget says it."""
+    share, widths = settings.get("share"), settings.get("widths")
+    if isinstance(share, Mapping):
+        return ", ".join(f"{100 * part:g} % of {kind}" for kind, part in share.items()) + " removed from every group"
+    if share is not None:
+        return f"share {share:g} of every chosen group removed"
+    if widths:
+        return ", ".join(f"{width:,} {kind}" for kind, width in widths.items()) + " kept in every group"
+    plan = [f"the plan {settings['file']}"] if settings.get("file") else []
+    numbers = settings.get("drop_blocks") or ()
+    blocks = [f"block{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} removed"] if numbers else []
+    return ", ".join([*plan, *blocks])
 
 
 def inline(text: str) -> str:

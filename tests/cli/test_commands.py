@@ -456,3 +456,50 @@ def test_vocabularies_that_cannot_be_cut(
     assert result.exit_code == code, result.stderr
     assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+class TestExactSizes:
+    """Sizes by kind, plans and blocks by number, instead of a budget."""
+
+    def test_units_and_then_the_same_plan_from_its_file(
+        self, resect_: Command, dense: Path, flags: list[object], tmp_path: Path
+    ) -> None:
+        first = resect_("prune", dense, "-o", tmp_path / "a", "--units", "heads=1,channels=12", *flags)
+        assert first.exit_code == 0, first.stderr
+        assert "1 heads, 12 channels kept in every group" in first.stdout
+        fields = json.loads((tmp_path / "a" / "config.json").read_text())
+        assert (fields["num_key_value_heads"], fields["intermediate_size"]) == (1, 12)
+        second = resect_("prune", dense, "-o", tmp_path / "b", "--plan", tmp_path / "a" / "plan.json", "--json")
+        assert second.exit_code == 0, second.stderr
+        one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert "by-hand, the plan" in second.stderr
+        assert json.loads(second.stdout)["calibration"] is None
+
+    def test_blocks_by_number(self, resect_: Command, dense: Path, tmp_path: Path) -> None:
+        result = resect_("prune", dense, "-o", tmp_path / "a", "--drop-blocks", "0,2")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 1
+        assert "blocks 0, 2 removed (by-hand, no scores" in result.stdout
+        assert "the plan was given" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--units", "heads"], "a number for each kind"),
+            (["--units", "heads=1", "--keep", "0.5"], "the setting widths decides"),
+            (["--drop-blocks", "a"], "one number or several"),
+            (["--plan", "nowhere.json"], "The plan nowhere.json cannot be read"),
+            (["--align", "heads=x"], "a number for each kind"),
+            (["--align", "head=2"], "Did you mean 'heads'?"),
+            (["--drop-blocks", "0", "--method", "llm-pruner"], "settings.drop_blocks"),
+        ],
+    )
+    def test_what_cannot_be_meant(
+        self, resect_: Command, dense: Path, tmp_path: Path, words: list[str], said: str
+    ) -> None:
+        result = resect_("prune", dense, "-o", tmp_path / "a", *words)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not (tmp_path / "a").exists()

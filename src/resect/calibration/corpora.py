@@ -71,7 +71,7 @@ def sections(text: str, characters: int) -> Iterator[str]:
         return
     piece: list[str] = []
     size = 0
-    for line in _short_lines(text, max(LONGEST, 2 * characters)):
+    for line in _short_lines(text, 2 * characters):
         piece.append(line)
         size += len(line)
         if size >= 2 * characters or (size >= characters and not line.strip()):
@@ -81,10 +81,15 @@ def sections(text: str, characters: int) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _short_lines(text: str, longest: int) -> Iterator[str]:
-    """The lines of a text with their ends, long ones in parts."""
+def _short_lines(text: str, part: int) -> Iterator[str]:
+    """The lines of a text with their ends; those of more than `LONGEST` (and more than a part) in parts."""
+    longest = max(LONGEST, part)
     for line in text.splitlines(keepends=True) if len(text) <= longest else _split(text):
-        yield from (line[start : start + longest] for start in range(0, len(line), longest)) if len(line) > longest else (line,)
+        if len(line) <= longest:
+            yield line
+            continue
+        for start in range(0, len(line), part):
+            yield line[start : start + part]
 
 
 def _split(text: str) -> Iterator[str]:

@@ -91,7 +91,7 @@ def _check_limit(limit: int | None) -> None:
 def _tokens(source: str, text: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None) -> Tensor:
     _check_limit(limit)
     tokens = array("q")
-    for section in sections_in_tokens(text, tokenizer):
+    for section in sections_in_tokens(text, tokenizer, limit=limit):
         tokens.extend(section)
         if limit is not None and len(tokens) >= limit:
             break

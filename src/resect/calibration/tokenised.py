@@ -13,14 +13,23 @@ from resect.calibration.corpora import sections
 
 SECTION = 1 << 23
 """Characters of a section of a long text; a text of up to twice as many is tokenised whole."""
+SHORTEST = 1 << 20
+CHARACTERS_PER_TOKEN = 64
+"""More than any text has: one section is enough."""
 TOGETHER = 64
 """Texts that are tokenised at once."""
 Tokens = Sequence[int]
 
 
-def sections_in_tokens(text: str, tokenizer: Any) -> Iterator[Tokens]:
-    """The tokens of a text, section by section, without special ones."""
-    for section in sections(text, SECTION):
+def sections_in_tokens(text: str, tokenizer: Any, *, limit: int | None = None) -> Iterator[Tokens]:
+    """The tokens of a text, section by section, without special ones.
+
+    Where no more than `limit` of them are asked for, the sections of a long text hold about as many.
+    """
+    size = SECTION
+    if limit is not None and len(text) > 2 * SECTION:
+        size = min(SECTION, max(SHORTEST, CHARACTERS_PER_TOKEN * limit))
+    for section in sections(text, size):
         yield _tokens([section], tokenizer)[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from resect.explain import code, inline
+from resect.explain import code, inline, sizes_asked
 
 STOCK = """model = AutoModelForCausalLM.from_pretrained(directory)"""
 SHIPPED = """# Its layers have sizes of their own; modeling_resect.py, beside it, builds them. Read it, then trust it.
@@ -63,6 +63,8 @@ class About:
             yield f"* Method: {code(recipe['method'])}{named}, {inline(str(recipe.get('layout')))} layout"
         if recipe.get("budget"):
             yield f"* Budget: {code(recipe['budget'])}"
+        elif said := sizes_asked(recipe.get("settings") or {}):
+            yield f"* Budget: {inline(said)}"
         elif "keep" in recipe:
             yield f"* Budget: {recipe['keep']:.0%} of {inline(str(recipe.get('of')))} kept"
         if text:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from resect.cli.answer import answering
-from resect.cli.words import given, nested, numbers, shares, version_of_resect
+from resect.cli.words import by_kind, given, nested, number_or_by_kind, numbers, shares, version_of_resect
 
 app = typer.Typer(
     name="resect",
@@ -32,6 +33,13 @@ Set = Annotated[
 Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps. Default: cpu.")]
 Dtype = Annotated[str | None, typer.Option(metavar="T", help="float32, bfloat16, float16. Default: float32.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")]
+
+IN_PARTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "align": ("--align", number_or_by_kind),
+    "settings.widths": ("--units", by_kind),
+    "settings.drop_blocks": ("--drop-blocks", numbers),
+}
+"""Flags whose words stand for several numbers, by their places in a recipe."""
 
 
 def _version(asked: bool) -> None:
@@ -78,8 +86,8 @@ def prune(
         str | None,
         typer.Option(
             metavar="KIND:SHARE",
-            help="In the place of --keep and --of: latency:0.7@prefill, latency:0.7@decode:1x512, bytes:200MB, macs:0.7; "
-            "params and model too.",
+            help="In the place of --keep and --of: latency:0.7@prefill, latency:0.7@decode:1x512, bytes:200MB, macs:0.7, "
+            "model:1.5B (parameters), params:250k (those in blocks).",
         ),
     ] = None,
     latency_table: Annotated[
@@ -98,7 +106,20 @@ def prune(
     layout: Annotated[
         str | None, typer.Option(help="uniform (same sizes in every layer, loads anywhere) or per-layer. Default: uniform.")
     ] = None,
-    align: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this. Default: 1.")] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Channels that stay are a multiple of this; by kind: heads=4,channels=64. Default: 1."),
+    ] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(metavar="KIND=N", help="In the place of a budget: what stays of every group, channels=1024,heads=2."),
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar="FILE", help="In the place of a method: cut by this plan.json, as --dry-run writes it.")
+    ] = None,
+    drop_blocks: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Take these blocks out, numbered from 0; no method decides.")
+    ] = None,
     vocabulary: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,6 +147,8 @@ def prune(
     json: Json = False,
 ) -> None:
     """Prune MODEL into DIR: weights, plan.json, recipe.yaml and a report."""
+    if method is None and (plan is not None or drop_blocks is not None):
+        method = "by-hand"
     flags = {
         "model": model,
         "output": output,
@@ -136,6 +159,9 @@ def prune(
         "latency_table": latency_table,
         "layout": layout,
         "align": align,
+        "settings.widths": units,
+        "settings.file": plan,
+        "settings.drop_blocks": drop_blocks,
         "calibration.source": data or None,
         "calibration.samples": samples,
         "calibration.length": length,
@@ -493,6 +519,9 @@ def _run(
         from resect.recipe import read_recipe, run
         from resect.report import run_tables
 
+        for place, (flag, read) in IN_PARTS.items():
+            if place in flags:
+                flags[place] = read(flags[place], flag=flag)
         asked = read_recipe(recipe, nested(flags), assignments=assignments or ())
         result = run(asked, overwrite=overwrite, dry_run=dry_run, resume=resume, announce=answer.announce)
         answer.announce(f"done: {result.directory}")

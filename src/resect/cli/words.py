@@ -42,6 +42,24 @@ def shares(text: str, *, flag: str) -> list[float]:
         raise UsageError(f"{flag} {text!r} was given; it is one number or several: 0.25,0.5.") from None
 
 
+def by_kind(text: str, *, flag: str) -> dict[str, int]:
+    """The numbers of "channels=1024,heads=2"."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        kind, equals, number = part.partition("=")
+        if not equals or not number.strip().isdecimal() or kind.strip() in found:
+            raise UsageError(
+                f"{flag} {text!r} was given; it is a number for each kind of unit: channels=1024,heads=2."
+            )
+        found[kind.strip()] = int(number)
+    return found
+
+
+def number_or_by_kind(text: str, *, flag: str) -> int | dict[str, int]:
+    """The number of "64", or the numbers of "heads=4,channels=64"."""
+    return int(text) if text.strip().isdecimal() else by_kind(text, flag=flag)
+
+
 def version_of_resect() -> str:
     """The installed version."""
     try:

@@ -1,6 +1,6 @@
 """A paper each: a straight line of calls into the rooms."""
 
-from resect.methods.budget import check_budget, read_table
+from resect.methods.budget import check_budget, check_sizes_once, read_table
 from resect.methods.compensation import Compensation
 from resect.methods.knowledge import analyze
 from resect.methods.llm_pruner import LLMPruner
@@ -25,6 +25,7 @@ __all__ = [
     "Vocabulary",
     "analyze",
     "check_budget",
+    "check_sizes_once",
     "method_settings",
     "prune",
     "read_table",

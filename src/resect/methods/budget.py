@@ -49,10 +49,20 @@ def check_budget(budget: Budget | None, *, keep: float, of: str, method: Method 
         return
     if (keep, of) != (0.8, "blocks"):
         raise UsageError(f"The budget {budget} was asked for, and keep={keep:g} of {of} as well. Leave one of them out.")
-    if getattr(method, "share", None) is not None:
-        raise UsageError(f"The budget {budget} was asked for, and the setting share decides what goes. Leave one of them out.")
+    if method is not None and method.sizes:
+        raise UsageError(
+            f"The budget {budget} was asked for, and {method.sizes} decides what goes. Leave one of them out."
+        )
     if method is not None and not method.coupled and budget.kind not in ("params", "model"):
         raise UsageError(f"The budget {budget} was asked for; parts of single matrices are counted in params or model.")
+
+
+def check_sizes_once(method: Method, *, keep: float, of: str) -> None:
+    """Raises `UsageError` where a setting says how much goes, and `keep` as well."""
+    if method.sizes and keep < 1 and (keep, of) != (0.8, "blocks"):
+        raise UsageError(
+            f"keep={keep:g} of {of} was asked for, and {method.sizes} decides what goes. Leave one of them out."
+        )
 
 
 def spending(
@@ -77,7 +87,7 @@ def spending(
         cost = bytes_cost(graph, entry_bytes(model))
         return Spending(budget.keep(cost({})), cost, budget)
     of_cost = macs_cost(graph, budget.workload) if budget.workload else PLAIN[budget.kind]
-    return Spending(budget.keep(1.0), of_cost, budget)
+    return Spending(budget.keep(cost_of(graph, of_cost)({})), of_cost, budget)
 
 
 def settle(

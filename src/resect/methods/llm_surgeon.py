@@ -23,7 +23,7 @@ from resect.methods.method import Method, Shot, Units
 from resect.methods.pricing import Pricing
 from resect.methods.sparsity import Sparsity, Stays, impose, matrices
 from resect.methods.trials import Trials, tried
-from resect.plan import Cost, Pattern, Plan, cost_of, keep_all, select
+from resect.plan import Align, Cost, Pattern, Plan, cost_of, keep_all, select
 from resect.recovery import Correction, correct
 from resect.statistics import WITHOUT_GRADIENTS, Data, Layer, Moments, collect_curvature, readers, tell_clipped
 from resect.surgery import check_gatherable, masked, reading
@@ -106,7 +106,7 @@ class LLMSurgeon(Method):
         keep: float,
         of: str | Cost = "blocks",
         layout: str = "per-layer",
-        align: int = 1,
+        align: Align = 1,
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,

@@ -21,7 +21,7 @@ from resect.files.progress import Progress
 from resect.graph import Graph, Group, retrace
 from resect.methods.knowledge import RATIOS, analyze
 from resect.methods.method import Method, Shot, Units
-from resect.plan import Cost, Plan, keep_all, select
+from resect.plan import Align, Cost, Plan, keep_all, select
 from resect.ranges import Numbers
 from resect.recovery import AdapterSettings
 from resect.report import Knowledge
@@ -101,7 +101,7 @@ class LoRAShear(Method):
         keep: float,
         of: str | Cost = "blocks",
         layout: str = "per-layer",
-        align: int = 1,
+        align: Align = 1,
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,

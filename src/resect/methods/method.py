@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resect.files.progress import Progress
 from resect.graph import Graph
 from resect.methods.compensation import Compensation, compensate
-from resect.plan import Cost, Pattern, Plan
+from resect.plan import Align, Cost, Pattern, Plan
 from resect.ranges import Numbers
 from resect.statistics import Data, computing
 
@@ -49,6 +49,9 @@ class Method(Numbers, ABC):
     bf16: bool = False
     """Whether the network computes in bfloat16 where torch.autocast deems it safe; sums stay float32, matrices float64."""
 
+    def check(self) -> None:
+        """Refuses, before anything is loaded, files that cannot be read."""
+
     def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The precision that the network computes in while this lasts."""
         return computing(model, bf16=self.bf16)
@@ -62,6 +65,21 @@ class Method(Numbers, ABC):
     def needs_data(self) -> bool:
         """Whether anything is measured on calibration data."""
         return True
+
+    @property
+    def sizes(self) -> str:
+        """The setting that says how much goes, in the place of a budget; empty where there is none."""
+        return ""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it says what goes first."""
+        return True
+
+    @property
+    def exact(self) -> bool:
+        """Whether every kind that it names has to be cut, and none can be left out."""
+        return False
 
     @property
     def coupled(self) -> bool:
@@ -93,7 +111,7 @@ class Method(Numbers, ABC):
         keep: float,
         of: str | Cost = "blocks",
         layout: str = "per-layer",
-        align: int = 1,
+        align: Align = 1,
         protect: Sequence[str] = (),
         seed: int = 42,
         progress: Progress,

@@ -19,11 +19,12 @@ from resect.calibration import calibrate, check_vocabulary, check_windows
 from resect.checkpoint import cut_tokenizer, expressible_kinds
 from resect.errors import UsageError, nearest, shown
 from resect.evaluation import LatencyTable
-from resect.explain import explain, telling
+from resect.explain import explain, sizes_asked, telling
 from resect.files import temporary_folder
 from resect.files.progress import Progress, digest
 from resect.graph import VOCABULARY, Graph, trace
-from resect.methods.budget import Spending, check_budget, settled, spending
+from resect.methods.budget import Spending, check_budget, check_sizes_once, settled, spending
+from resect.methods.by_hand import ByHand
 from resect.methods.llm_pruner import LLMPruner
 from resect.methods.llm_surgeon import LLMSurgeon
 from resect.methods.lorashear import LoRAShear
@@ -31,7 +32,7 @@ from resect.methods.method import Method, Shot
 from resect.methods.protection import Protect, protected
 from resect.methods.sparsity import lines_kept
 from resect.methods.vocabulary import Vocabulary
-from resect.plan import LAYOUTS, Budget, Pattern, Plan, keep_all, part_of
+from resect.plan import LAYOUTS, Align, Budget, Pattern, Plan, aligned, keep_all, part_of
 from resect.ranges import seed_of, share, whole
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
 from resect.surgery import cut_and_check, gather_and_check
@@ -40,7 +41,12 @@ from resect.surroundings import unaffected
 
 Watch = Callable[[nn.Module, Graph, Sequence[Plan]], None]
 """Takes the dense model, its graph, and plans from the one that keeps all to the final one."""
-METHODS: dict[str, type[Method]] = {"llm-pruner": LLMPruner, "llm-surgeon": LLMSurgeon, "lorashear": LoRAShear}
+METHODS: dict[str, type[Method]] = {
+    "llm-pruner": LLMPruner,
+    "llm-surgeon": LLMSurgeon,
+    "lorashear": LoRAShear,
+    "by-hand": ByHand,
+}
 """Methods by name; each is a pydantic model of its settings with a `plan` method."""
 
 
@@ -73,7 +79,7 @@ def prune(
     budget: str | Budget | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     layout: str = "uniform",
-    align: int = 1,
+    align: Align = 1,
     data: str | Sequence[str] | Tensor | Data | None = None,
     samples: int = 128,
     length: int = 128,
@@ -110,7 +116,8 @@ def prune(
     if layout not in LAYOUTS:
         raise UsageError(f"There is no layout {layout!r}. {nearest(layout, LAYOUTS)}")
     keep = share("keep", keep)
-    align = whole("align", align)
+    multiples = aligned(align)
+    align = multiples if isinstance(align, Mapping) else whole("align", align)
     samples = whole("samples", samples)
     length = whole("length", length, low=2)
     stops = whole("stops", stops, low=0)
@@ -120,15 +127,20 @@ def prune(
             f"Perplexity over sizes was asked for; it is measured with masks on the dense model, and {method} changes weights "
             "with these settings. Leave evaluation.curve out."
         )
+    if watch is not None and not chosen.ranks:
+        raise UsageError(
+            "Perplexity over sizes was asked for, and a plan by hand does not say what goes first. Leave evaluation.curve out."
+        )
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     if not isinstance(budget, Budget | None):
         raise UsageError(
             f"budget={shown(budget)} was given; it is written like 'macs:0.7', or a resect.plan.Budget."
         )
     check_budget(budget, keep=keep, of=of, method=chosen)
+    check_sizes_once(chosen, keep=keep, of=of)
     check_merged(model)
     check_vocabulary(model, tokenizer)
-    scored = vocabulary is None or keep < 1 or getattr(chosen, "share", None) is not None
+    scored = vocabulary is None or keep < 1 or bool(chosen.sizes)
     if chosen.needs_data and scored:
         _check_data(model, tokenizer, data, length)
     if chosen.needs_data:
@@ -185,7 +197,9 @@ def prune(
                     pattern = chosen.sparsify(model, graph, given, **shared, progress=notes)
     shots = plan.notes.get("shots", [])
     told = {name: plan.notes[name] for name in ("losses", "knowledge") if name in plan.notes}
-    said = {"budget": str(budget)} if budget else {"keep": keep, "of": of}
+    said: dict[str, Any] = {"keep": keep, "of": of}
+    if budget or chosen.sizes:
+        said = {"budget": str(budget)} if budget else {"sizes": sizes_asked(chosen.model_dump(mode="json"))}
     plan = plan.model_copy(update={"notes": {"method": method, **said, "layout": layout, "seed": seed}})
     plan &= trimmed
     report = _report(graph, plan) | {
@@ -240,6 +254,12 @@ def _deployable(chosen: Method, model: nn.Module, graph: Graph, layout: str) -> 
         reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
         raise UsageError(
             f"layout=uniform asks for a stock configuration, and none can express this cut ({reasons}). Use layout=per-layer."
+        )
+    if withheld and chosen.exact:
+        reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
+        raise UsageError(
+            f"Sizes of {', '.join(asked)} were asked for in layout=uniform, and no stock configuration "
+            f"says them ({reasons}). Use layout=per-layer."
         )
     return (chosen.model_copy(update={"kinds": left}) if withheld else chosen), withheld
 

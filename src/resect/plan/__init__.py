@@ -3,7 +3,18 @@
 from resect.plan.budget import BUDGETS, OF, PHASES, Budget, Cost, Workload, bytes_cost, cost_of, macs_cost, macs_of
 from resect.plan.pattern import Lines, Matrix, Pattern, lowest, rows_and_columns
 from resect.plan.plan import Kept, Plan, keep_all
-from resect.plan.select import LAYOUTS, SELECTIONS, Ranges, part_of, select, select_share, spent_first
+from resect.plan.select import (
+    LAYOUTS,
+    SELECTIONS,
+    Align,
+    Ranges,
+    aligned,
+    part_of,
+    select,
+    select_share,
+    select_widths,
+    spent_first,
+)
 
 __all__ = [
     "BUDGETS",
@@ -11,6 +22,7 @@ __all__ = [
     "OF",
     "PHASES",
     "SELECTIONS",
+    "Align",
     "Budget",
     "Cost",
     "Kept",
@@ -20,6 +32,7 @@ __all__ = [
     "Plan",
     "Ranges",
     "Workload",
+    "aligned",
     "bytes_cost",
     "cost_of",
     "keep_all",
@@ -30,5 +43,6 @@ __all__ = [
     "rows_and_columns",
     "select",
     "select_share",
+    "select_widths",
     "spent_first",
 ]

@@ -15,7 +15,12 @@ OF = ("blocks", "model", "macs")
 BUDGETS = ("params", "model", "macs", "bytes", "latency")
 PHASES = ("prefill", "decode")
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-HOW = "A budget is written KIND:SHARE, like macs:0.7, latency:0.7@prefill, latency:0.7@decode:1x512 or bytes:200MB."
+COUNTS = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+"""Multiples of parameters and multiply-accumulates, as models are named: 7B."""
+HOW = (
+    "A budget is written KIND:SHARE or KIND:AMOUNT, like macs:0.7, latency:0.7@prefill, "
+    "latency:0.7@decode:1x512, model:1.5B, params:250k or bytes:200MB."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay of a cost: a share, or an amount in bytes; where it depends on the work, of which."""
+    """What may stay of a cost: a share, or an amount; where it depends on the work, of which.
+
+    Amounts are bytes, parameters (`params`: those in blocks), or multiply-accumulates.
+    """
 
     kind: str
     share: float | None = None
@@ -81,11 +89,14 @@ class Budget:
             raise UsageError(f"A budget of {self.kind} has a share or an amount. {HOW}")
         if self.share is not None:
             share(f"the share of {self.kind}", self.share)
+        if self.amount is not None and self.kind == "latency":
+            raise UsageError(f"A budget of latency is a share of the dense network's time. {HOW}")
         if self.amount is not None:
             whole(f"the amount of {self.kind}", self.amount, high=MOST_TOKENS)
 
     def __str__(self) -> str:
-        size = f"{self.amount}B" if self.share is None else f"{self.share:g}"
+        unit = "B" if self.kind == "bytes" else ""
+        size = f"{self.amount}{unit}" if self.share is None else f"{self.share:g}"
         return f"{self.kind}:{size}" + (f"@{self.workload}" if self.workload else "")
 
     @classmethod
@@ -100,7 +111,7 @@ class Budget:
         if at and kind not in ("macs", "latency"):
             raise UsageError(f"The budget {text!r} was given; {kind} do not depend on the text. Leave @{where} out.")
         workload = Workload.parse(where) if at else Workload() if kind == "latency" else None
-        amount = _amount(size) if kind == "bytes" else None
+        amount = _amount(kind, size)
         return cls(kind, None if amount is not None else _share(size, text), amount, workload)
 
     def keep(self, dense: int | float) -> float:
@@ -140,14 +151,17 @@ def bytes_cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:
     return Cost("bytes", lambda removed: graph.parameter_bytes(sizes, removed), unit="bytes")
 
 
-def _amount(size: str) -> int | None:
-    """The bytes of `200MB`; None for a plain share."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", size)
-    if not found:
+def _amount(kind: str, size: str) -> int | None:
+    """The bytes of `200MB`, the parameters of `1.5B` or `250000`; None for a plain share."""
+    found = re.fullmatch(r"(\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)", size)
+    if not found or kind == "latency":
         return None
-    if found[2] not in UNITS:
-        raise UsageError(f"There is no unit {found[2]!r}. {nearest(found[2], UNITS)}")
-    return int(min(float(found[1]) * UNITS[found[2]], 2.0 * MOST_TOKENS))
+    if not found[2] and (kind == "bytes" or "." in size or int(size) <= 1):
+        return None
+    units = UNITS if kind == "bytes" else COUNTS | {"": 1}
+    if found[2] not in units:
+        raise UsageError(f"There is no unit {found[2]!r} of {kind}. {nearest(found[2], list(units))}")
+    return int(min(float(found[1]) * units[found[2]], 2.0 * MOST_TOKENS))
 
 
 def _share(size: str, text: str) -> float:

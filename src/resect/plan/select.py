@@ -32,6 +32,9 @@ from resect.ranges import share, whole
 LAYOUTS = ("uniform", "per-layer")
 SELECTIONS = ("global", "local")
 Ranges = Mapping[str, tuple[int, int]]
+Align = int | Mapping[str, int]
+"""What the units that stay are a multiple of: channels, residual channels and rows of the vocabulary, or by kind."""
+ALIGNED = ("channels", "residual", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def select(
     of: str | Cost = "blocks",
     layout: str = "per-layer",
     selection: str = "global",
-    align: int = 1,
+    align: Align = 1,
     kinds: Sequence[str] = ("heads", "channels"),
     groups: Collection[str] | None = None,
     protect: Collection[str] = (),
@@ -66,16 +69,17 @@ def select(
 
     `scores` gives a saliency per unit for every group, `[units]`. `of` is what `keep` is a share of: parameters in blocks,
     parameters of the model, multiply-accumulates on `tokens` tokens, or any other `Cost`. `align` rounds the channels and
-    residual channels that stay to multiples. `groups` names those that may be cut (none: all of these kinds), `protect` those
-    that stay whole (with them the blocks and sub-layers that they lie in), `ranges` bounds the layers of a kind, `(first, last
-    + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is given). `spread` (1 or more) caps what
-    a group may lose, as a multiple of the share that its kind would lose if all lost alike.
+    residual channels that stay to multiples, or the units of the kinds that it names. `groups` names those that may be cut (none:
+    all of these kinds), `protect` those that stay whole (with them the blocks and sub-layers that they lie in), `ranges` bounds
+    the layers of a kind, `(first, last + 1)`. At least `floor` units of every group stay, or so many by kind (1 where none is
+    given). `spread` (1 or more) caps what a group may lose, as a multiple of the share that its kind would lose if all lost
+    alike.
     `within` is an earlier plan for the same groups: what it removed is gone, whatever it was worth.
     The result costs at most `keep` of the dense model, less than one step below it.
     Raises `UsageError` for unknown names, shares outside (0, 1], and budgets that cannot be reached.
     """
     _check(keep, of=of, layout=layout, selection=selection, kinds=(*kinds, *(ranges or ())))
-    align = whole("align", align)
+    multiples = aligned(align)
     if spread is not None and not 1 <= spread < inf:
         raise UsageError(f"spread={spread:g} was asked; it is a multiple of the even share, 1 or more.")
     cost = cost_of(graph, of, tokens=tokens)
@@ -88,7 +92,7 @@ def select(
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
     spent = [gone.get(ladder[0].name, 0) for ladder in ladders]
-    aligns = [align if ladder[0].kind in ("channels", "residual", "vocabulary") else 1 for ladder in ladders]
+    aligns = [multiples.get(ladder[0].kind, 1) for ladder in ladders]
     order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns, spent=spent)
     if spread is not None and selection == "global":
         even = _take(order(floors=floors, local=True), ladders, cost, target)
@@ -107,11 +111,22 @@ def select(
     return _plan(ladders, scores, taken)
 
 
+def aligned(align: Align) -> dict[str, int]:
+    """What the units of each kind that stay are a multiple of; `UsageError` for what is no multiple of a kind's."""
+    if not isinstance(align, Mapping):
+        return dict.fromkeys(ALIGNED, whole("align", align))
+    known = [kind for kind in KINDS if kind not in DEPTH]
+    for kind in align:
+        if kind not in known:
+            raise UsageError(f"align names {kind!r}, which is no kind of unit. {nearest(str(kind), known)}")
+    return {kind: whole(f"align.{kind}", multiple) for kind, multiple in align.items()}
+
+
 def select_share(
     graph: Graph,
     scores: Mapping[str, Tensor],
     *,
-    share: float,
+    share: float | Mapping[str, float],
     kinds: Sequence[str] = ("heads", "channels"),
     protect: Collection[str] = (),
     ranges: Ranges | None = None,
@@ -119,15 +134,50 @@ def select_share(
     """The plan that removes the same share of positions from every selected group, as the LLM-Pruner paper states sizes.
 
     A group of n units with w positions each keeps `int(n * w * (1 - share))` positions, rounded up to whole units. Those named
-    in `protect` keep all.
+    in `protect` keep all. `share` is one for all `kinds`, or one by kind.
     """
-    _check(1 - share, of="blocks", layout="per-layer", selection="local", kinds=(*kinds, *(ranges or ())))
+    shares = dict(share) if isinstance(share, Mapping) else dict.fromkeys(kinds, share)
     removed = {}
-    ladders = _ladders(graph, "per-layer", kinds=kinds, ranges=ranges, protect=protect)
+    for part in shares.values():
+        _check(1 - part, of="blocks", layout="per-layer", selection="local", kinds=(*shares, *(ranges or ())))
+    together = [[kind] for kind in share] if isinstance(share, Mapping) else [list(kinds)]
+    ladders: list[list[Group]] = []
+    for some in together:
+        ladders += _ladders(graph, "per-layer", kinds=some, ranges=ranges, protect=protect)
     for (group,) in ladders:
         width = min(member.index.shape[1] for member in group.members)
         positions = group.units * width
-        removed[group.name] = (positions - int(positions * (1 - share))) // width
+        removed[group.name] = (positions - int(positions * (1 - shares[group.kind]))) // width
+    return _plan(ladders, scores, removed)
+
+
+def select_widths(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    *,
+    widths: Mapping[str, int],
+    protect: Collection[str] = (),
+    ranges: Ranges | None = None,
+    done: float = 1.0,
+) -> Plan:
+    """The plan that leaves so many units of every group, by kind; the lowest saliencies go.
+
+    Of what has to go, the share `done` goes. Raises `UsageError` for a group that has fewer units,
+    or that cannot do with so few.
+    """
+    _check(1.0, of="blocks", layout="per-layer", selection="local", kinds=(*widths, *(ranges or ())))
+    removed = {}
+    ladders: list[list[Group]] = []
+    for kind in widths:
+        ladders += _ladders(graph, "per-layer", kinds=[kind], ranges=ranges, protect=protect)
+    for (group,) in ladders:
+        width, least = widths[group.kind], graph.least(group)
+        if not least <= width <= group.units:
+            raise UsageError(
+                f"{width} {group.kind} were asked for; {group.name} has {group.units} and needs {least}. "
+                "Ask for a number between, or bound the layers of the kind with the setting blocks."
+            )
+        removed[group.name] = round((group.units - width) * done)
     return _plan(ladders, scores, removed)
 
 

@@ -19,11 +19,11 @@ from resect.checkpoint.shipped import own_code_refusal, shipped_code
 from resect.environment import processes, tell_precision
 from resect.errors import CheckpointError, UsageError
 from resect.evaluation import AnyTask, tasks_named
-from resect.explain import telling
+from resect.explain import sizes_asked, telling
 from resect.files import claimed_directory, whole_directory, write_text
 from resect.files.progress import RECOVERY
 from resect.graph import Graph
-from resect.methods import Result, Vocabulary, prune
+from resect.methods import Result, Vocabulary, check_sizes_once, prune
 from resect.methods.prune import method_settings
 from resect.plan import Plan
 from resect.recipe.directories import check_unclaimed, discard, facts, fill, noting, progress_of, resumable
@@ -94,7 +94,10 @@ def run(
         raise UsageError("The recipe does not say where to write. Give it `output: DIRECTORY`, or the command -o DIRECTORY.")
     with claimed_directory(recipe.output, overwrite=overwrite, inputs=_inputs(recipe)) as directory:
         progress = progress_of(directory, resume=resume, overwrite=overwrite)
-        if resume and not method_settings(recipe.method, recipe.settings).long:
+        chosen = method_settings(recipe.method, recipe.settings)
+        check_sizes_once(chosen, keep=recipe.keep, of=recipe.of)
+        chosen.check()
+        if resume and not chosen.long:
             check_unclaimed(progress)
         with resumable(progress), noting(f"Nothing was written to {directory}."):
             return _run(
@@ -196,6 +199,8 @@ def _pruning(recipe: Recipe) -> str:
     """What is about to happen, in words."""
     if recipe.vocabulary is not None and recipe.keep == 1 and not recipe.budget:
         return f"cut the vocabulary to what {', '.join(recipe.vocabulary.source)} needs"
+    if not method_settings(recipe.method, recipe.settings).needs_data:
+        return f"{recipe.method}, {sizes_asked(recipe.settings) or 'by weights alone'}"
     text = ", ".join(recipe.calibration.source or ("text that the model writes itself",))
     return f"{recipe.method} on {recipe.calibration.samples} x {recipe.calibration.length} tokens of {text}"
 
@@ -225,7 +230,7 @@ def _prune(
         budget=recipe.budget,
         latency_table=recipe.latency_table,
         layout=recipe.layout,
-        align=recipe.align,
+        align=recipe.align if isinstance(recipe.align, int) else {str(kind): size for kind, size in recipe.align.items()},
         data=calibration.source,
         samples=calibration.samples,
         length=calibration.length,

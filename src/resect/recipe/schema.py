@@ -52,6 +52,7 @@ def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str | list | tuple) else value
 
 
+Multiple = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 """What every generator of random numbers takes."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
@@ -166,11 +167,13 @@ class Recipe(Section):
     keep: float = Field(default=0.8, gt=0, le=1)
     of: Literal["blocks", "model", "macs"] = "blocks"
     budget: str | None = None
-    """In the place of `keep` and `of`: KIND:SHARE[@WHERE], like `latency:0.7@prefill:1x512` or `bytes:200MB`."""
+    """In the place of `keep` and `of`: KIND:SHARE[@WHERE] or KIND:AMOUNT, like `latency:0.7@prefill:1x512`, `model:1.5B` or
+    `bytes:200MB`."""
     latency_table: str | None = None
     """What widths cost, from `resect bench --table`; None: a latency budget measures that anew."""
     layout: Literal["uniform", "per-layer"] = "uniform"
-    align: int = Field(default=1, ge=1)
+    align: Multiple | Mapping[Literal["heads", "channels", "experts", "residual", "vocabulary"], Multiple] = 1
+    """What the channels that stay are a multiple of, or the units by kind: `{heads: 4, channels: 64}`."""
     calibration: CalibrationSection = CalibrationSection()
     vocabulary: Annotated[VocabularySection | None, BeforeValidator(_source)] = None
     """None: all tokens stay."""

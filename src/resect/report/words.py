@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resect.explain import sizes_asked
 from resect.report.results import Measured, RunReport
 
 OF = {"blocks": "block parameters", "model": "parameters", "macs": "multiply-accumulates"}
@@ -21,13 +22,16 @@ LOADS = {
     "per-layer": "`resect.load(directory)`, or transformers with `trust_remote_code=True` (the code lies beside the weights)",
 }
 
+GIVEN = "no scores"
+"""What decides in a plan by hand."""
+
 
 def asked(report: RunReport) -> str:
     """What the recipe asked for."""
     recipe = report.recipe
     settings = recipe["settings"]
-    if settings.get("share") is not None:
-        target = f"share {settings['share']:g} of every chosen group removed"
+    if said := sizes_asked(settings):
+        target = said
     elif recipe.get("budget"):
         target = f"budget {recipe['budget']}"
     else:
@@ -44,6 +48,8 @@ def _decides(settings: Mapping[str, Any]) -> str:
     """What of a method's settings says most about it."""
     if "periods" in settings:
         return f"{settings['periods']} x {settings['period_steps']} steps of fading"
+    if "drop_blocks" in settings:
+        return GIVEN
     if "criterion" in settings:
         return str(settings["criterion"])
     return f"{settings['mode']}, {settings['shots']} shot{'s' if settings['shots'] > 1 else ''}"
@@ -52,7 +58,7 @@ def _decides(settings: Mapping[str, Any]) -> str:
 def touches_more(report: RunReport) -> bool:
     """Whether anything but the vocabulary was to be cut."""
     recipe = report.recipe
-    asked = recipe["keep"] < 1 or recipe.get("budget") or recipe["settings"].get("share") is not None
+    asked = recipe["keep"] < 1 or recipe.get("budget") or sizes_asked(recipe["settings"])
     return report.vocabulary is None or bool(asked)
 
 
@@ -102,7 +108,9 @@ def provenance(report: RunReport) -> str:
     if not touches_more(report):
         text = f"No calibration text: only the vocabulary was cut; {seed}."
     elif report.calibration is None:
-        text = f"No calibration text: {_decides(report.recipe['settings'])} looks at weights only; {seed}."
+        decides = _decides(report.recipe["settings"])
+        looks = "the plan was given" if decides == GIVEN else f"{decides} looks at weights only"
+        text = f"No calibration text: {looks}; {seed}."
     else:
         text = f"Calibration: {calibration_text(report.calibration)}; {seed}."
     if any(model.perplexities for model in report.models):
