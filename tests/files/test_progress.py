@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from resect.errors import CheckpointError, DamagedProgress, UsageError
 from resect.files import progress as room
-from resect.files.progress import CLAIM, Progress, digest
+from resect.files.progress import CLAIM, Progress, digest, is_progress
 
 SCORES = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True]), "c": torch.zeros(0, 2)}
 HALF = {"w": torch.ones(3, dtype=torch.bfloat16)}
@@ -20,9 +21,9 @@ def filled(directory: Path) -> Progress:
     """Progress of two shots, the first superseded, as LLM Surgeon leaves it."""
     progress = Progress(directory, {"keep": 0.5})
     progress.put("shot-1/scores", SCORES)
-    progress.note("shot-1/superseded")
     progress.put("shot-2/weights/a.b", HALF)
     progress.note("shot-2/made-up", loss=0.1, plan=["x", {"y": (1, 2)}])
+    progress.supersede(1, by="shot-2/made-up")
     progress.put("shot-3/scores", SCORES)
     return progress
 
@@ -243,3 +244,36 @@ def test_only_what_may_be_resumed_waits_for_the_disk(
     assert (len(flushed) == 0) == temporary
     found = progress.need("a/b")
     assert torch.equal(found["x"], torch.arange(3))
+
+
+def test_a_shot_whose_successor_is_not_there_is_made_anew(tmp_path: Path) -> None:
+    """A power cut that lost the name of a folder left it superseded by nothing."""
+    filled(tmp_path / "p")
+    for shot in ("shot-2", "shot-3"):
+        shutil.rmtree(tmp_path / "p" / shot)
+    with pytest.warns(DamagedProgress, match=r"shot-1/superseded\.json"):
+        again = resumed(tmp_path / "p")
+    assert again.get("shot-1/scores") is None
+    assert names(tmp_path / "p") == {CLAIM}
+
+
+def test_names_of_folders_are_on_the_disk_before_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Progress(tmp_path / "p", {})
+    flushed: list[str] = []
+    monkeypatch.setattr(
+        "resect.files.progress.flush_folder", lambda folder: flushed.append(folder.name)
+    )
+    progress.put("shot-1/weights/a", HALF)
+    assert flushed == ["shot-1", "p", "weights"]
+    progress.put("shot-1/weights/b", HALF)
+    assert flushed[3:] == ["weights"]
+
+
+def test_half_a_claim_alone_is_progress(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / f".{CLAIM}.partial").write_text("half a cl")
+    assert is_progress(tmp_path / "p")
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    assert not is_progress(tmp_path / "p")

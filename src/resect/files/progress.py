@@ -31,6 +31,8 @@ from resect.files.writing import (
 
 CLAIM = "asked.json"
 """Says what the progress is of."""
+HALF_CLAIM = f".{CLAIM}.partial"
+"""What a process leaves that dies while it writes its claim."""
 RECOVERY = "recovery"
 """Where a recovery notes its states, in the progress of a run that ends with one."""
 SUPERSEDED = "superseded"
@@ -69,7 +71,7 @@ class Progress:
         """Notes a set of tensors under a name that may have slashes."""
         path = self._path(name)
         with noting_progress(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             write_tensors(path, tensors, key=self._key + name, flush=self._flush)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
@@ -94,7 +96,7 @@ class Progress:
         """Notes that something is done, with some facts."""
         path = self.directory / f"{name}.json"
         with noting_progress(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             write_note(path, facts, key=self._key + name)
 
     def facts(self, name: str) -> dict[str, Any] | None:
@@ -123,6 +125,22 @@ class Progress:
             remove(path)
             remove(path.with_name(f".{path.name}"))
 
+    def supersede(self, shot: int, *, by: str) -> None:
+        """Notes that what a shot left is replaced: it may go once `by`, which is noted, is on the disk."""
+        self.note(f"shot-{shot}/{SUPERSEDED}", by=by)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Creates a folder whose name outlasts a power cut, as what is noted in it does."""
+        missing = [folder]
+        while not missing[-1].parent.exists():
+            missing.append(missing[-1].parent)
+        if folder.exists():
+            return
+        folder.mkdir(parents=True)
+        if self._flush:
+            for made in missing:
+                flush_folder(made.parent)
+
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 
@@ -131,6 +149,7 @@ class Progress:
         for path in sorted(self.directory.rglob(".*")):
             remove(path)
         damaged = [name for name in self._names() if not self._is_sound(name)]
+        damaged = damaged or [name for name in self._names() if self._is_orphan(name)]
         if not damaged:
             return
         warnings.warn(DamagedProgress(damaged_message(self.directory, damaged)), stacklevel=4)
@@ -164,6 +183,13 @@ class Progress:
         except CheckpointError:
             return False
 
+    def _is_orphan(self, file: str) -> bool:
+        """Whether a note says that something replaced a shot which is not there."""
+        name, _, _ = file.rpartition(".")
+        if not name.endswith(f"/{SUPERSEDED}"):
+            return False
+        return not self.noted(str((self.facts(name) or {}).get("by")))
+
     def _take_back(self, shot: int) -> None:
         """Removes a shot and all after it; and the one before, if that was superseded: what it left is gone already."""
         if shot > 1 and self.noted(f"shot-{shot - 1}/{SUPERSEDED}"):
@@ -187,7 +213,7 @@ def claim(directory: Path, described: str, *, resume: bool) -> bool:
     """
     path = directory / CLAIM
     holds = (
-        {entry.name for entry in directory.iterdir()} - {f".{CLAIM}.partial"}
+        {entry.name for entry in directory.iterdir()} - {HALF_CLAIM}
         if directory.is_dir()
         else set()
     )
@@ -239,6 +265,7 @@ def clear(directory: Path) -> None:
 def is_progress(directory: Path) -> bool:
     """Whether a directory holds the progress of a run of resect's, or nothing."""
     holds = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
+    holds.discard(HALF_CLAIM)
     return not holds or _is_progress(directory, holds)
 
 

@@ -256,7 +256,7 @@ class LLMSurgeon(Method):
             progress.note(f"shot-{shot}/made-up")
         progress.drop(f"shot-{shot}/moments")
         if shot > 1:
-            progress.note(f"shot-{shot - 1}/{SUPERSEDED}")
+            progress.supersede(shot - 1, by=f"shot-{shot}/made-up")
             progress.drop(f"shot-{shot - 1}/weights")
 
     def _scores(
