@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
-from resect.cli import app
+from resect.cli import app, main
 from resect.cli.answer import Answer, answering
 from resect.cli.terminal import Guarded, console_on
 from resect.errors import UNPRINTABLE, DataError, ResectWarning, UsageError, printable, shown
@@ -243,3 +243,16 @@ def test_a_result_that_cannot_be_printed_is_told(
     streams("stdout", Refusing(problem))
     assert ends(speaking_plainly) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device without room here")
+def test_help_that_cannot_be_printed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["resect", "--help"])
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 1
+    assert "stdout cannot be written: No space left" in capsys.readouterr().err

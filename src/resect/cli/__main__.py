@@ -1,5 +1,5 @@
 """What torchrun and accelerate launch start: `torchrun --nproc-per-node 2 -m resect.cli recover …`."""
 
-from resect.cli import app
+from resect.cli import main
 
-app()
+main()

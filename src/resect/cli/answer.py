@@ -90,7 +90,7 @@ def answering(*, as_json: bool, doing: str = "carry out the command") -> Iterato
         lost = isinstance(problem, BrokenPipeError | OutputLost)
         _say(refusal, as_json=as_json and not lost)
         if lost:
-            _close(stdout)
+            close(stdout)
         raise typer.Exit(refusal.code) from None
 
 
@@ -162,7 +162,7 @@ def _kept(problem: BaseException) -> str:
     return f" How it came to that is in {name}."
 
 
-def _close(stdout: TextIO) -> None:
+def close(stdout: TextIO) -> None:
     """Lets the interpreter end without another complaint about a pipe that nobody reads."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
