@@ -29,12 +29,14 @@ from resect.recovery.training import Watch, last_state, micro_batch, seal
 from resect.statistics import divergence, precision, token_losses
 from resect.surgery.gather import gather
 from tests.models import (
+    _NARROW,
     FAMILIES,
     assert_same_logits,
     assert_untouched,
     logits_without_cache,
     random_tokens,
     snapshot,
+    tiny,
     tiny_tokenizer,
 )
 from tests.recipe.dense import write_text
@@ -183,6 +185,41 @@ def sparse(model: PreTrainedModel) -> list[str]:
         weight: Any = model.get_submodule(path).weight
         weight.data *= torch.rand(weight.shape) < 0.5
     return paths
+
+
+def experts() -> PreTrainedModel:
+    """A mixture whose experts are one tensor for each matrix."""
+    return tiny("Qwen3Moe", **_NARROW, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_experts_that_are_one_tensor_learn_and_are_merged_as_they_were_trained(text: Path, tmp_path: Path) -> None:
+    model = experts()
+    before = weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResectWarning)
+        found = call(model, text)
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    fused = {f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("gate_up_proj", "down_proj")}
+    assert fused <= moved
+    blocks = {name: value.numel() for name, value in before.items() if ".layers." in name}
+    share = sum(size for name, size in blocks.items() if name in moved) / sum(blocks.values())
+    assert found.facts.reached == pytest.approx(share)
+    assert found.facts.held_out_after < found.facts.held_out_before
+    experts().save_pretrained(tmp_path / "pruned")
+    found.adapter.save(tmp_path / "adapter", base=str(tmp_path / "pruned"))
+    base = type(model).from_pretrained(tmp_path / "pruned").eval()
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    logits = logits_without_cache(adapted, random_tokens())
+    assert_same_logits(logits, logits_without_cache(model, random_tokens()), tolerance=1e-5)
+
+
+def test_what_low_rank_terms_do_not_reach_is_told_with_its_share(model: PreTrainedModel, text: Path) -> None:
+    layer: Any = model.get_submodule("model.layers.1.mlp")
+    layer.table = nn.Parameter(torch.zeros(90, 90))
+    with pytest.warns(ResectWarning, match=r"mlp\.table.*% of the parameters in blocks.*do not learn"):
+        found = call(model, text)
+    assert found.facts.reached < 0.9
 
 
 @pytest.mark.parametrize("full", [False, True])

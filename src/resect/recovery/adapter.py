@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -14,14 +15,18 @@ from peft.tuners import lora
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from resect.errors import ModelError
+from resect.errors import ModelError, ResectWarning
 from resect.recovery.settings import Recovery
 from resect.surgery.modeling_resect import Gathered
 
 NAME = "default"
+LITTLE = 0.05
+"""The share of the blocks that may stay as it is without a word: norms, biases, routers."""
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,22 @@ class OnWeight(lora.Linear):
 
 
 def attach(model: PreTrainedModel, settings: Recovery, *, keep_zeros: Collection[str] = (), seed: int) -> PeftModel:
-    """The model with low-rank terms on all linear layers in its blocks; everything else is frozen.
+    """The model with low-rank terms on all linear layers in its blocks, and on experts that are one tensor; the rest is frozen.
 
-    `keep_zeros` names layers whose zeros stay zero. Raises `ModelError` for a model without such layers.
+    `keep_zeros` names layers whose zeros stay zero. Terms of experts know no dropout, so a model that has such experts is
+    trained without. What the terms do not reach is warned of, with its share. Raises `ModelError` for a model without such
+    layers.
     """
-    layers = dict(linear_layers(model))
-    if not layers:
+    layers, experts = dict(linear_layers(model)), list(fused_experts(model))
+    if not layers and not experts:
         raise ModelError(f"{type(model).__name__} has no linear layers in a list of blocks. Train all of it: settings.full=true.")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
+        lora_dropout=0.0 if experts else settings.dropout,
         target_modules=list(layers),
-        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
+        target_parameters=experts or None,
+        fan_in_fan_out=bool(layers) and all(isinstance(layer, Conv1D) for layer in layers.values()),
         task_type="CAUSAL_LM",
     )
     special = {id(layer): path in keep_zeros for path, layer in layers.items() if path in keep_zeros or _gathered(layer)}
@@ -101,6 +109,7 @@ def attach(model: PreTrainedModel, settings: Recovery, *, keep_zeros: Collection
         return OnWeight(layer, adapter_name, config, keep_zeros=special[id(layer)], **sizes)
 
     config._register_custom_module({nn.Module: chosen})  # type: ignore[dict-item]
+    _tell_unreached(model)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the other kind of layer, where a model has two
@@ -117,11 +126,66 @@ def adapter_of(adapted: PeftModel) -> Adapter:
     return Adapter(config, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
 
 
-def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers inside lists of modules, by path."""
-    lists = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+def reached_share(model: nn.Module) -> float:
+    """The share of the parameters in blocks that low-rank terms are trained on."""
+    reached, left = _by_reach(model)
+    return sum(reached.values()) / max(1, sum(reached.values()) + sum(left.values()))
+
+
+def _tell_unreached(model: nn.Module) -> None:
+    """Warns of tensors in blocks that low-rank terms do not reach, where they are more than `LITTLE` of the blocks."""
+    share = 1 - reached_share(model)
+    if share <= LITTLE:
+        return
+    _, left = _by_reach(model)
+    largest = sorted(left, key=left.__getitem__, reverse=True)
+    kinds = list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in largest))
+    more = f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
+    warnings.warn(
+        f"{', '.join(kinds[:SHOWN])}{more}, {share:.0%} of the parameters in blocks, are no linear layers and do not learn. "
+        "settings.full=true trains all weights.",
+        ResectWarning,
+        stacklevel=5,
+    )
+
+
+def _by_reach(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """The entries of every parameter in blocks, by name: of those that low-rank terms reach, and of the others."""
+    targets = {*fused_experts(model), *(f"{path}.weight" for path, _ in linear_layers(model))}
+    reached, left = dict[str, int](), dict[str, int]()
+    for name, size in _block_sizes(model):
+        (reached if name in targets else left)[name] = size
+    return reached, left
+
+
+def _block_sizes(model: nn.Module) -> Iterator[tuple[str, int]]:
+    inside = _lists(model)
+    for name, parameter in model.named_parameters():
+        if name.startswith(inside):
+            yield name, parameter.numel()
+
+
+def _lists(model: nn.Module) -> tuple[str, ...]:
+    """How the names of what lies in lists of modules begin."""
+    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+
+
+def fused_experts(model: nn.Module) -> Iterator[str]:
+    """The parameters inside lists of modules that hold a matrix for every expert, [experts, rows, columns], by name."""
+    inside = _lists(model)
     for path, module in model.named_modules():
-        if path.startswith(tuple(lists)) and (isinstance(module, nn.Linear | Conv1D) or _gathered(module)):
+        if not f"{path}.".startswith(inside) or isinstance(module, _ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
+                yield f"{path}.{name}"
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers inside lists of modules, by path."""
+    inside = _lists(model)
+    for path, module in model.named_modules():
+        if path.startswith(inside) and (isinstance(module, nn.Linear | Conv1D) or _gathered(module)):
             yield path, module
 
 

@@ -82,6 +82,8 @@ class Facts(Part):
     trainable: int
     """Parameters that were trained."""
     parameters: int
+    reached: float | None = None
+    """The share of the parameters in blocks that belong to matrices which learn; None in reports of older versions."""
     before: Nats
     """Held-out loss of every source, nats per predicted token."""
     after: Nats = {}

@@ -23,7 +23,7 @@ from resect.explain import telling
 from resect.files import temporary_folder
 from resect.files.progress import claim, damaged_message, digest, noting_progress
 from resect.ranges import seed_of
-from resect.recovery.adapter import Adapter, adapter_of, attach
+from resect.recovery.adapter import Adapter, adapter_of, attach, reached_share
 from resect.recovery.examples import Example, Pool, read_pool
 from resect.recovery.facts import Facts, Nats
 from resect.recovery.heldout import overall
@@ -91,6 +91,7 @@ def recover(
         stack.enter_context(recipe_decides(bf16=settings.bf16))
         folder = _folder(progress, stack)
         resumes = _claim(folder, settings, pools, seed, model, teacher, resume=resume)
+        reached = 1.0 if settings.full else reached_share(model)
         trained = _trained_part(model, settings, keep_zeros, seed, stack)
         training = Training(
             model=trained,
@@ -105,6 +106,7 @@ def recover(
             say=say,
         )
         facts = _measured_before(model, training, pools)
+        facts.reached = reached
         if settings.mixture.kind == "dynamic":
             _dynamic(training, pools, facts, seed)
         else:

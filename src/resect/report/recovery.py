@@ -137,9 +137,10 @@ def facts_lines(facts: Facts) -> list[str]:
     seconds = sum(training.seconds for training in facts.trainings)
     steps = sum(training.steps for training in facts.trainings)
     best = f"; the state after step {facts.trainings[0].best_step} was the best" if len(facts.trainings) == 1 else ""
+    part = "" if facts.reached in (None, 1.0) else f", on matrices that hold {100 * facts.reached:.1f} % of its blocks"
     lines = [
-        f"{facts.trainable:,} parameters trained (the model has {facts.parameters:,}) in {steps:,} steps, {seconds:,.0f} s, "
-        f"{tokens / seconds if seconds else 0:,.0f} tokens/s, processes: {facts.processes}{best}."
+        f"{facts.trainable:,} parameters trained (the model has {facts.parameters:,}{part}) in {steps:,} steps, "
+        f"{seconds:,.0f} s, {tokens / seconds if seconds else 0:,.0f} tokens/s, processes: {facts.processes}{best}."
     ]
     for counts in facts.sources:
         left = [f"{number:,} rows skipped: {reason}" for reason, number in counts.skipped.items()]
