@@ -18,12 +18,14 @@ from resect.graph import Graph
 from resect.methods.method import Method, Shot, Units
 from resect.plan import Align, Cost, Plan, keep_all, select, select_share, select_widths, spent_first
 from resect.saliency import score
-from resect.statistics import CRITERIA, Data, collect
+from resect.statistics import BATCH_TOKENS, CRITERIA, Data, collect, expert_activations
 from resect.surgery import masked
 
 KINDS = {"block-wise": ("heads", "channels"), "channel-wise": ("residual",), "layer-wise": ("blocks",)}
 """What each of the paper's modes removes (section 4.1)."""
 
+REAP = "reap"
+"""The criterion that looks at what experts put out; it scores nothing else."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Width = Literal["heads", "channels", "experts", "residual"]
 """Kinds of units that groups have several of."""
@@ -32,7 +34,7 @@ Width = Literal["heads", "channels", "experts", "residual"]
 class LLMPruner(Method):
     """Settings of the method; every default is explained in docs/methods.md."""
 
-    criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random"] = "element2"
+    criterion: Literal["vector", "element1", "element2", "mix", "l1", "l2", "random", "reap"] = "element2"
     reduction: Literal["sum", "mean", "max", "prod", "last"] = "sum"
     granularity: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Literal["heads", "channels", "experts", "residual", "sublayers", "blocks"], ...] | None = None
@@ -51,11 +53,16 @@ class LLMPruner(Method):
         if self.kinds and self.exact and set(self.kinds) != set(self._by_kind):
             named, sized = ", ".join(self.kinds), ", ".join(self._by_kind)
             raise ValueError(f"kinds names {named}, and the sizes are of {sized}. Leave kinds out.")
+        named = {*(self.kinds or ()), *self._by_kind} - {"experts"}
+        if self.criterion == REAP and named:
+            raise ValueError(f"criterion = reap scores experts, and {', '.join(sorted(named))} were named. Leave them out.")
         return self
 
     @property
     def removes(self) -> tuple[str, ...]:
         """The kinds of units that may go."""
+        if self.criterion == REAP:
+            return ("experts",)
         return self.kinds or tuple(self._by_kind) or KINDS[self.granularity]
 
     @property
@@ -76,7 +83,11 @@ class LLMPruner(Method):
     @property
     def needs_data(self) -> bool:
         """Whether the criterion looks at gradients, or weights are updated."""
-        return not CRITERIA[self.criterion].weights_only or self.compensation is not None
+        return not self._weights_only or self.compensation is not None
+
+    @property
+    def _weights_only(self) -> bool:
+        return self.criterion != REAP and CRITERIA[self.criterion].weights_only
 
     def plan(
         self,
@@ -93,7 +104,7 @@ class LLMPruner(Method):
         progress: Progress | None = None,
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Which units stay, and the last scores: `{group: [units]}`. The model is left as it was."""
-        tokens = torch.empty(0, 0, dtype=torch.long) if CRITERIA[self.criterion].weights_only else data.tokens()
+        tokens = torch.empty(0, 0, dtype=torch.long) if self._weights_only else data.tokens()
         kinds = self._offered(graph)
         options = {**self._options(graph), "of": of, "layout": layout, "align": align, "protect": protect}
         equal = {group.name: torch.zeros(group.units) for group in graph.of_kind(*kinds)}
@@ -104,13 +115,21 @@ class LLMPruner(Method):
         for step in range(1, self.iterations + 1):
             done = step / self.iterations
             with masked(model, plan, graph):
-                statistics = collect(model, tokens, graph, self.criterion, kinds=kinds)
-                scores = score(graph, statistics, reduction=self.reduction, seed=seed)
+                scores = self._scores(model, tokens, graph, kinds, seed)
             scores = {name: spent_first(values, plan, name) for name, values in scores.items()}
             before = plan
             plan = self._selected(graph, scores, keep=keep, done=done, **options)
             shots.append(Shot.of(plan, before, scores))
         return plan.model_copy(update={"notes": {"shots": shots}}), scores
+
+    def _scores(
+        self, model: nn.Module, tokens: Tensor, graph: Graph, kinds: Sequence[str], seed: int
+    ) -> dict[str, Tensor]:
+        if self.criterion == REAP:
+            found = expert_activations(model, tokens, graph, batch_tokens=BATCH_TOKENS)
+            return {name: one.means for name, one in found.items()}
+        statistics = collect(model, tokens, graph, self.criterion, kinds=kinds)
+        return score(graph, statistics, reduction=self.reduction, seed=seed)
 
     def _selected(
         self, graph: Graph, scores: Mapping[str, Tensor], *, keep: float, done: float, **options: Any

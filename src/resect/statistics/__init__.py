@@ -5,6 +5,7 @@ from resect.statistics.cholesky import inverse_of, root_of, solved_by
 from resect.statistics.collect import BATCH_TOKENS, Statistics, collect, position_values, token_loss
 from resect.statistics.curvature import FISHERS, WITHOUT_GRADIENTS, Curvature, Moments, collect_curvature, tell_clipped
 from resect.statistics.elements import CRITERIA, Criterion
+from resect.statistics.experts import Activation, expert_activations
 from resect.statistics.joint import Joint
 from resect.statistics.layers import Layer, layer_of, layers_of, readers, wide
 from resect.statistics.losses import IGNORED, MOST_NATS, divergence, perplexity_of, prediction_losses, token_losses
@@ -19,6 +20,7 @@ __all__ = [
     "IGNORED",
     "MOST_NATS",
     "WITHOUT_GRADIENTS",
+    "Activation",
     "Chain",
     "Classes",
     "Criterion",
@@ -36,6 +38,7 @@ __all__ = [
     "collect_curvature",
     "computing",
     "divergence",
+    "expert_activations",
     "inverse_of",
     "layer_of",
     "layers_of",
