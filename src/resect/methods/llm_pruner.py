@@ -53,9 +53,9 @@ class LLMPruner(Method):
         if self.kinds and self.exact and set(self.kinds) != set(self._by_kind):
             named, sized = ", ".join(self.kinds), ", ".join(self._by_kind)
             raise ValueError(f"kinds names {named}, and the sizes are of {sized}. Leave kinds out.")
-        named = {*(self.kinds or ()), *self._by_kind} - {"experts"}
-        if self.criterion == REAP and named:
-            raise ValueError(f"criterion = reap scores experts, and {', '.join(sorted(named))} were named. Leave them out.")
+        others = {*(self.kinds or ()), *self._by_kind} - {"experts"}
+        if self.criterion == REAP and others:
+            raise ValueError(f"criterion = reap scores experts, and {', '.join(sorted(others))} were named. Leave them out.")
         return self
 
     @property
