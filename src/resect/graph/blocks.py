@@ -80,8 +80,13 @@ def _stacks(module: nn.Module, path: str, streams: Mapping[str, bool]) -> Iterat
 
 def _is_stack(modules: nn.ModuleList, path: str, streams: Mapping[str, bool]) -> bool:
     """Whether the modules are composite and most of those that ran hand on what they took in."""
-    ran = [streams[f"{path}.{number}"] for number in range(len(modules)) if f"{path}.{number}" in streams]
-    return all(any(True for _ in child.children()) for child in modules) and 2 * sum(ran) > len(ran)
+    inside = dict(modules.named_children())  # a list may hold None beside its modules
+    if not inside or not all(any(True for _ in child.children()) for child in inside.values()):
+        return False
+    if len(inside) > 1 and all(isinstance(child, nn.ModuleList) for child in inside.values()):  # nobody runs a list
+        inside = {f"{name}.{part}": one for name, parts in inside.items() for part, one in parts.named_children()}
+    ran = [streams[f"{path}.{name}"] for name in inside if f"{path}.{name}" in streams]
+    return 2 * sum(ran) > len(ran)
 
 
 def _beside(model: nn.Module, path: str, order: Mapping[str, int]) -> list[str]:
@@ -91,7 +96,7 @@ def _beside(model: nn.Module, path: str, order: Mapping[str, int]) -> list[str]:
     found = []
     for name, module in model.get_submodule(parent).named_children():
         where = f"{parent}.{name}" if parent else name
-        if where == path or not isinstance(module, nn.ModuleList) or len(module) != len(turns) or len(turns) < 2:
+        if where == path or not isinstance(module, nn.ModuleList) or len(_children(model, where)) != len(turns) or len(turns) < 2:
             continue
         others = _turns(model, where, order)
         if _alternate(turns, others) or _alternate(others, turns):
@@ -104,11 +109,18 @@ def _alternate(turns: Sequence[int], others: Sequence[int]) -> bool:
 
 
 def _turns(model: nn.Module, path: str, order: Mapping[str, int]) -> list[int]:
-    """When the modules of a list were done; those that never ran come last."""
-    return [order.get(child, len(order)) for child in _children(model, path)]
+    """When the modules of a list were done, lists in it with their first module; those that never ran come last."""
+    return [_turn(model, child, order) for child in _children(model, path)]
+
+
+def _turn(model: nn.Module, path: str, order: Mapping[str, int]) -> int:
+    inside = model.get_submodule(path)
+    if path not in order and isinstance(inside, nn.ModuleList):
+        return min(_turns(model, path, order), default=len(order))
+    return order.get(path, len(order))
 
 
 def _children(model: nn.Module, path: str) -> list[str]:
     modules = model.get_submodule(path)
     assert isinstance(modules, nn.ModuleList)
-    return [f"{path}.{number}" for number in range(len(modules))]
+    return [f"{path}.{number}" for number, module in enumerate(modules) if module is not None]

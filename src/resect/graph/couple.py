@@ -28,6 +28,8 @@ class _Leaf:
     atom: Atom
     members: list[Member] = field(default_factory=list)
     reason: str = ""
+    around: dict[Atom, None] = field(default_factory=dict)  # leaves that it lies inside of, in any parameter
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Run:
     frames: Mapping[str, Frame]  # what each module takes in and puts out
     example: tuple[tuple[Any, ...], dict[str, Any]]
     fake: bool  # whether fake tensors were enough
+    spared: frozenset[tuple[str, int]] = frozenset()  # parameters and axes that are put over their own length
 
 
 def couple(model: nn.Module, run: Run) -> Graph:
@@ -89,6 +92,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
         contractions=tuple(term(axes, where) for where, axes in run.contractions),
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
         witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames),
+        spared=run.spared,
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
 
@@ -130,7 +134,10 @@ def _leaves(model: nn.Module, parameters: Mapping[str, Sequence[Axis]], run: Run
                     own = "" if atom in found else _unfit(model, atom, run)
                     leaf = found.setdefault(atom, _Leaf(atom))
                     leaf.members.append(Member(name, place, layout.indices[number]))
-                    leaf.reason = leaf.reason or _nested(atom, [layout.leaves[other] for other in layout.outer[number]]) or own
+                    leaf.around.update((layout.leaves[other], None) for other in layout.outer[number])
+                    leaf.reason = leaf.reason or own
+    for leaf in found.values():
+        _settle(leaf, found)
     return found, frozen
 
 
@@ -190,16 +197,22 @@ def _outer(places: Sequence[Tensor]) -> list[list[int]]:
     return [[other for other in range(number) if (here[other] & here[number]).any()] for number in range(len(here))]
 
 
-def _nested(atom: Atom, outer: Sequence[Atom]) -> str:
-    """Why a coordinate inside another removable one, or inside attention heads, is not offered."""
-    if "inside a head" in atom.marks:
-        return "a part of every head"
-    for other in outer:
-        if "attention" in other.marks:
-            return "a part of every head"
-        if not other.reason and not _is_expert(other):
-            return "a part of every unit of another group"
-    return ""
+def _settle(leaf: _Leaf, found: Mapping[Atom, _Leaf]) -> None:
+    """Gives a coordinate inside another removable one, or inside attention heads, a reason why it is not offered.
+
+    Of two that lie inside each other, in different parameters, the one that is met first is offered.
+    """
+    if leaf.settled:
+        return
+    leaf.settled = True
+    if "inside a head" in leaf.atom.marks or any("attention" in other.marks for other in leaf.around):
+        leaf.reason = leaf.reason or "a part of every head"
+        return
+    for other in leaf.around:
+        if other in found and not other.reason and not _is_expert(other):
+            _settle(found[other], found)
+            nested = not found[other].reason
+            leaf.reason = leaf.reason or ("a part of every unit of another group" if nested else "")
 
 
 def _is_expert(atom: Atom) -> bool:

@@ -176,6 +176,7 @@ class Graph:
     witness: Witness
     sublayers: Mapping[str, Sublayer]
     tables: tuple[str, ...] = ()  # parameters in which the numbers of the text are looked up
+    spared: frozenset[tuple[str, int]] = frozenset()  # parameters and axes that no mask writes zeros into: nothing over nothing
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
     _inside: dict[str, list[Group]] = field(default_factory=dict, repr=False, compare=False)
     _homes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -6,6 +6,7 @@ that reaches it. `op_rule` adds rules from user code; it is the only registry in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -69,6 +70,8 @@ class Call:
     contests: dict[Contest, Axis] = field(default_factory=dict)
     function: str = ""  # of torch, as the network called it
     turn: int = 0  # how many operators of this name its module has run before
+    strides: tuple[int, ...] = ()  # of the first tensor, before an operator that changes them in place
+    effects: list[Callable[[], Any]] = field(default_factory=list)  # demands that hold once a result is read
 
     @property
     def site(self) -> str:
@@ -102,6 +105,10 @@ class Call:
         if numbers is None or mask is None or self.arg(2, "value") != 0 or isinstance(self.arg(2, "value"), Tensor):
             return None
         return mask if leaves(mask[0]) == leaves(numbers) and mask[1] == length(numbers) - 1 > 0 else None
+
+    def when_read(self, effect: Callable[[], Any]) -> None:
+        """Demands something once any operator reads a result: what nothing reads, or only its size, keeps nothing whole."""
+        self.effects.append(effect)
 
     def mix(self, axis: Axis) -> None:
         """Notes that the running module takes a statistic over an axis."""
@@ -175,6 +182,11 @@ def op_rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def known(name: str) -> bool:
+    """Whether there is a rule for operators of a name."""
+    return name in _RULES or name.removesuffix("_") in _RULES
 
 
 def apply(call: Call, overload: Any) -> list[Axes]:
@@ -277,7 +289,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
 @op_rule("aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
-@op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward")
+@op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward", "aten._conj", "aten.resolve_conj", "aten._neg_view")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
     results = []
@@ -567,12 +579,18 @@ def _contract(call: Call, left: Axes, right: Axes) -> Axes:
     _sum_over(call, left[-1], right[-2])
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
-    if attention:
+    pooling = attention and not scores and not _has_heads(left[:-2]) and not _on_tokens([left[-2], right[-1]])
+    if attention and not pooling:
         for axis in (*left[:-2], *right[:-2]):
             mark(axis, label="attention")
         mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
     call.contractions.append((call.where, (*left, right[-1])))
     return [*left[:-1], right[-1]]
+
+
+def _has_heads(axes: Axes) -> bool:
+    """Whether products run side by side for something else than the examples of a batch."""
+    return any(not leaf.marks & {"batch", "input"} for axis in axes for leaf in below(axis))
 
 
 def _sum_over(call: Call, left: Axis, right: Axis) -> None:
@@ -688,6 +706,8 @@ def index(call: Call) -> list[Axes]:
     """Advanced indexing: indexed axes keep their order, untouched trailing or leading axes pass."""
     axes, indices, output = _input(call), list(call.args[1]), call.outputs[0]
     reason = f"positions are looked up at {call.site}"
+    if any(given is not None and given.dtype in (torch.bool, torch.uint8) for given in indices):
+        return [_masked_index(call, axes, indices, reason)]
     indices += [None] * (len(axes) - len(indices))
     run = _constant_run(indices, call.args[0].shape)
     if run is not None:
@@ -702,9 +722,20 @@ def index(call: Call) -> list[Axes]:
     front = indexed[0] if adjacent else 0
     width = output.ndim - len(passing)
     looked_up = [fresh(size, reason) for size in output.shape[front : front + width]]
-    if len(indexed) == 1 and indices[indexed[0]].dtype != torch.bool:
+    if len(indexed) == 1:
         looked_up = call.axes_of(indices[indexed[0]])
     return [[*passing[:front], *looked_up, *passing[front:]]]
+
+
+def _masked_index(call: Call, axes: Axes, indices: Sequence[Tensor | None], reason: str) -> Axes:
+    """As many positions as the data says, of leading axes that a mask covers: they stay once something reads what comes out."""
+    mask, *others = indices
+    covered = 0 if mask is None else mask.ndim
+    if mask is None or any(other is not None for other in others) or mask.dtype == torch.uint8:
+        raise Misaligned("places that a mask says, among others")
+    looked_up = [*axes[:covered], *call.axes_of(mask)]
+    call.when_read(lambda: [freeze(axis, reason) for axis in looked_up])
+    return [fresh(call.outputs[0].shape[0], reason), *axes[covered:]]
 
 
 def _constant_run(indices: Sequence[Tensor | None], shape: Sequence[int]) -> tuple[int, int, int] | None:
@@ -742,8 +773,12 @@ def convolution(call: Call) -> list[Axes]:
         out_outer, _ = factor(out, groups)
         call.link(outer, out_outer)
         _sum_over(call, inner, into)
-    else:
-        raise Misaligned("a grouped transposed convolution")
+    else:  # weight is [in, out / groups, *window]
+        outer, inner = factor(axes[1], groups)
+        into_outer, into_inner = factor(into, groups)
+        call.link(outer, into_outer)
+        _sum_over(call, inner, into_inner)
+        out = (*outer, *out)
     bias = call.arg(2, "bias")
     if bias is not None:
         call.link(out, call.axes_of(bias)[0])
@@ -763,20 +798,40 @@ def _positions(call: Call, axis: Axis, size: int) -> Axis:
     return found
 
 
-@op_rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
-@op_rule("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.max_pool2d_with_indices", "aten.max_pool2d")
-@op_rule("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d", "aten.max_pool3d_with_indices")
-@op_rule("aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa")
-@op_rule("aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact2d")
+@op_rule(*[f"aten.{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)])
+@op_rule(*[f"aten.{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_max", "adaptive_avg") for rank in (1, 2, 3)])
+@op_rule("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices")
+@op_rule("aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d", "aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+@op_rule(*[f"aten.{name}{rank}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for rank in (1, 2, 3)])
+@op_rule("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d")
+@op_rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa")
 def resample(call: Call) -> list[Axes]:
-    """Positions moved, padded or pooled: every axis that changes its length is kept whole."""
-    axes = _input(call)
-    pooled = 0 if call.name in ("aten.constant_pad_nd", "aten.pad") else 2
-    result = []
-    for place, (axis, size) in enumerate(zip(axes, call.outputs[0].shape, strict=True)):
-        moved = length(axis) != size or (pooled and place >= len(axes) - pooled)
-        result.append(_positions(call, axis, size) if moved else axis)
+    """The last one to three axes hold positions, which are moved, padded or pooled and stay; the others pass."""
+    axes, shape = _input(call), call.outputs[0].shape
+    spatial = len(axes) - int(re.findall(r"(\d)d", call.name)[-1])
+    result = [*axes[:spatial], *(_positions(call, axis, size) for axis, size in zip(axes[spatial:], shape[spatial:], strict=True))]
     return [list(result) for _ in call.outputs]
+
+
+@op_rule("aten.constant_pad_nd", "aten.pad")
+def pad(call: Call) -> list[Axes]:
+    """Positions before and after those of an axis, which are segments of their own; a negative number takes some away."""
+    axes, widths = _input(call), call.arg(1, "pad")
+    for number, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        dim = len(axes) - 1 - number
+        size = call.outputs[0].shape[dim]
+        if before or after:
+            channels = not _on_tokens([axes[dim]]) and any(not leaf.reason for leaf in below(axes[dim]))
+            axes[dim] = _padded(call, axes[dim], before, after) if channels else _positions(call, axes[dim], size)
+    return [axes]
+
+
+def _padded(call: Call, axis: Axis, before: int, after: int) -> Axis:
+    middle = _segment(call, axis, max(-before, 0), length(axis) - max(-after, 0))
+    reason = f"padding at {call.site}"
+    sides = [fresh(size, reason) if size > 1 else (Atom(1, reason),) for size in (max(before, 0), max(after, 0))]
+    parts = [part for part, size in ((sides[0], before), (middle, 1), (sides[1], after)) if size > 0]
+    return concatenate(parts)
 
 
 @op_rule("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training", "aten._native_batch_norm_legit")
@@ -871,10 +926,25 @@ def solve(call: Call) -> list[Axes]:
 
 @op_rule("aten.mean", "aten.var_mean", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm")
 def statistic(call: Call) -> list[Axes]:
-    """A statistic over an axis that a cut would take over what stays: noted, not frozen."""
+    """A statistic over an axis that a cut would take over what stays: noted, not frozen.
+
+    Positions that are zero where they are masked add nothing to a length.
+    """
     axes = _input(call)
-    place = 2 if call.name in ("aten.linalg_vector_norm", "aten.norm") else 1
-    return _reduce(call, axes, call.arg(place, "dim"), call.mix)
+    is_length = call.name in ("aten.linalg_vector_norm", "aten.norm")
+    zero = call.zeros.along(call.args[0], axes) if is_length and _is_order(call.arg(1, "ord", 2)) else frozenset()
+
+    def note(axis: Axis) -> None:
+        if not zero.issuperset(below(axis)):
+            call.mix(axis)
+        mark(axis, label="summed")
+
+    return _reduce(call, axes, call.arg(2 if is_length else 1, "dim"), note if is_length else call.mix)
+
+
+def _is_order(order: Any) -> bool:
+    """Whether zeros add nothing to a length of this order."""
+    return order is None or order == "fro" or (isinstance(order, int | float) and order > 0)
 
 
 @op_rule("aten.sum")
@@ -899,8 +969,8 @@ def reduction(call: Call) -> list[Axes]:
 
 def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> list[Axes]:
     gone = _dims(call, dims, len(axes))
-    for dim in gone:
-        note(axes[dim])
+    over = [axes[dim] for dim in gone]
+    call.when_read(lambda: [note(axis) for axis in over])
     keep = call.outputs[0].ndim == len(axes)
     left: Sequence[Axis] = [() if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone]
     return [list(left) for _ in call.outputs]
@@ -917,8 +987,16 @@ def softmax(call: Call) -> list[Axes]:
     """Positions that compete: what is removed must lose."""
     axes = _input(call)
     dim = call.arg(1, "dim") % len(axes)
+    if call.args[0].ndim > 2 and _is_input(axes[dim]):
+        mark(axes[dim], label="tokens")
     _contest(call, axes[dim], dim)
     return [axes]
+
+
+def _is_input(axis: Axis) -> bool:
+    """Whether an axis is one of the network's input."""
+    found = below(axis)
+    return bool(found) and all("input" in leaf.marks for leaf in found)
 
 
 @op_rule("aten.topk")

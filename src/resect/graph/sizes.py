@@ -6,20 +6,23 @@ plain numbers; here the numbers keep the axis they come from until they are used
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import multi_head_attention_forward
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from resect.graph.atoms import Axis, Misaligned, factor, freeze, join, leaves, length, narrow
+from resect.graph.atoms import Axis, Misaligned, below, factor, freeze, join, leaves, length, narrow
 
 VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
 LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Functions that hand values to code of Python."""
+COMPUTED = "its size is a number that the network computes with"
 
 
 class Size(int):
@@ -58,7 +61,7 @@ class Size(int):
     def _number(self) -> int:
         """The plain number: what is computed from it changes with the size, so the axis is kept whole."""
         if self.axis:
-            freeze(self.axis, "its size is a number that the network computes with")
+            freeze(self.axis, COMPUTED)
         return int(self)
 
 
@@ -66,13 +69,20 @@ class Sizes(TorchFunctionMode):
     """Hands out sizes that remember their axis, and unites the axes of what is made with them.
 
     `running` is the function of torch that the network called last and that is not done; `leaves` is called with tensors
-    whose values go to code that no operator shows.
+    whose values go to code that no operator shows, `spares` with those that are put over their own length, and the axis of
+    the lengths.
     """
 
-    def __init__(self, axes_of: Callable[[Tensor], Sequence[Axis] | None], leaves: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self,
+        axes_of: Callable[[Tensor], Sequence[Axis] | None],
+        leaves: Callable[[Tensor], None],
+        spares: Callable[[Tensor, int], None],
+    ) -> None:
         super().__init__()
         self._axes_of = axes_of
         self._leaves = leaves
+        self._spares = spares
         self.running = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,6 +92,8 @@ class Sizes(TorchFunctionMode):
         try:
             if func in LEAVING:
                 self._leaves(args[0])
+            if self.running == "_weight_norm":
+                self._spares(args[0], args[2] if len(args) > 2 else kwargs.get("dim", 0))
             result = func(*args, **kwargs)
         finally:
             self.running = before
@@ -92,6 +104,8 @@ class Sizes(TorchFunctionMode):
             self._viewed(result, given[0] if given and isinstance(given[0], Sequence) else given)
         elif func is multi_head_attention_forward and args[5] is not None:
             self._attended(args[0], args[5])
+        elif func is scaled_dot_product_attention and kwargs.get("scale") is None:
+            self._scaled(args[0] if args else kwargs["query"])
         return result
 
     def _remembered(self, tensor: Tensor, found: Any, dim: int | None) -> Any:
@@ -107,8 +121,13 @@ class Sizes(TorchFunctionMode):
         if axes is None or len(axes) != len(shape):
             return
         for place, size in enumerate(shape):
-            if isinstance(size, Size) and size.axis:
+            if isinstance(size, Size) and size.axis and not _is_part(size, axes[place]):
                 _unite(size.axis, _whole(axes, place, size.parts))
+
+    def _scaled(self, query: Tensor) -> None:
+        """Attention divides by the root of the width of a head, where it is not told another number."""
+        for axis in (self._axes_of(query) or [()])[-1:]:
+            freeze([leaf for leaf in below(axis) if "inside a head" not in leaf.marks], COMPUTED)
 
     def _attended(self, query: Tensor, projection: Tensor) -> None:
         """Torch's own attention takes the width of all heads from the width of what comes in."""
@@ -124,13 +143,23 @@ def _name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     return "" if name == "one_hot" and classes < 0 else name
 
 
+def _is_part(size: Size, axis: Axis) -> bool:
+    """Whether an axis has the coordinates of a size already, in some order, or all but those that count its parts."""
+    rest = Counter(leaves(size.axis))
+    rest.subtract(leaves(axis))
+    left = prod(leaf.size**count for leaf, count in rest.items() if count > 0)
+    return left == size.parts and all(count >= 0 for count in rest.values())
+
+
 def _whole(axes: Sequence[Axis], place: int, parts: int) -> Axis:
     """The axis that a part belongs to: with the axis beside it that counts the parts; empty if none does."""
     if parts == 1:
         return axes[place]
+    for start in range(place - 1, -1, -1):  # the parts may be counted by several axes: 3 * heads
+        counting = tuple(atom for axis in axes[start:place] for atom in axis)
+        if length(counting) == parts:
+            return (*counting, *axes[place])
     before, after = (axes[other] if 0 <= other < len(axes) else () for other in (place - 1, place + 1))
-    if length(before) == parts:
-        return (*before, *axes[place])
     if length(after) == parts:
         return (*axes[place], *after)
     if before and length(before) % parts == 0:

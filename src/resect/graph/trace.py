@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
-from resect.graph import rules
+from resect.graph import rare_rules, rules
 from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.fakes import operate
 from resect.graph.groups import Frame, Graph, Loop, Operation
+from resect.graph.parts import RESTRIDING, in_parts
 from resect.graph.sizes import Sizes
 from resect.graph.vocabulary import Vocabulary
 from resect.graph.zeros import Zeros, memory
@@ -66,6 +69,21 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Graph:
         return _traced(model, example_inputs, fake=True)
     except _LooksAtData:
         return _traced(model, example_inputs, fake=False)
+    except ModelError as problem:
+        return _traced_for_real(model, example_inputs, problem)
+
+
+def _traced_for_real(model: nn.Module, example_inputs: Any, problem: ModelError) -> Graph:
+    """The graph of a network that runs, but not on fake tensors: its code asks for memory, or calls what knows no fakes.
+
+    Raises the first problem again where the network has no values to run on, or does not run on these either.
+    """
+    if any(tensor.is_meta for _, tensor in _state(model)):
+        raise problem
+    try:
+        return _traced(model, example_inputs, fake=False)
+    except ModelError as other:
+        raise (problem if str(other) == str(problem) else other) from problem
 
 
 def retrace(model: nn.Module, graph: Graph) -> Graph:
@@ -122,6 +140,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         recorder.frames,
         (args, kwargs),
         fake,
+        frozenset((name, axis) for tensor, axis in recorder.spared for name, given in state.items() if given is tensor),
     )
     return couple(model, run)
 
@@ -207,6 +226,9 @@ class Watcher(TorchDispatchMode):
 
     mode: FakeTensorMode | None = None
     """The mode of the fake tensors that operators run on, if they do."""
+    supports_higher_order_operators = True
+    strides: tuple[int, ...] = ()
+    """Those that a tensor had before the operator that gave it others in place."""
 
     def __init__(self, names: Mapping[int, str], path: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -243,6 +265,10 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs one operator."""
         kwargs = kwargs or {}
+        if (parts := in_parts(func)) is not None:
+            with self:
+                return parts(*args, **kwargs)
+        self.strides = args[0].stride() if func in RESTRIDING else ()
         result = operate(func, args, kwargs, self.mode) if self.mode else func(*args, **kwargs)
         outputs = _tensors(result)
         if func in TELLING:
@@ -426,10 +452,12 @@ class Recorder(Watcher):
         self._count = 0
         self._counted: set[int] = set()
         self._told: rules.Told | None = None
-        self.functions = Sizes(self.known, self._left_tensors)
+        self.functions = Sizes(self.known, self._left_tensors, lambda tensor, axis: self.spared.append((tensor, axis)))
         self.loops: list[_Rows] = []
         self.contests: dict[Contest, Axis] = {}
         self._masks: dict[int, tuple[Axis, int]] = {}
+        self.spared: list[tuple[Tensor, int]] = []
+        self._effects: dict[int, list[Callable[[], Any]]] = {}
 
     def parameter(self, tensor: Tensor) -> rules.Axes:
         """Gives a parameter axes of its own."""
@@ -446,6 +474,8 @@ class Recorder(Watcher):
         tokens.marks.add("tokens")
         for tensor in tensors:
             axes = [fresh(size, "an input of the network") for size in tensor.shape]
+            for axis in axes:
+                mark(axis, label="input")
             if _is_text(tensor) and tensor.shape == shape:
                 axes[:2] = [(batch,), (tokens,)]
             if _is_image(tensor):
@@ -455,10 +485,18 @@ class Recorder(Watcher):
             self._axes[id(tensor)] = (tensor, axes)
         self.tokens = {"batch": batch, "tokens": tokens}
 
+    def read(self, *tensors: Tensor) -> None:
+        """Something takes these tensors in: what that demands holds from now on."""
+        for tensor in tensors:
+            effects = self._effects.pop(id(tensor), [])
+            while effects:
+                effects.pop()()
+
     def outputs(self, value: Any) -> None:
         """Keeps whole whatever the network puts out, but for the positions of logits that go with rows of the vocabulary."""
         self._forget()
         tensors = _tensors(value)
+        self.read(*tensors)
         self.flow.results.update(number for tensor in tensors for number in self._values_of(tensor))
         if any(self.vocabulary.holds(tensor) for tensor in tensors):
             self.vocabulary.refuse("the network puts the text's numbers out")
@@ -480,16 +518,18 @@ class Recorder(Watcher):
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Applies the operator's rule."""
         inputs = _tensors([args, kwargs])
+        self.read(*inputs)
         self.used.update((id(tensor), None) for tensor in inputs)
         call = rules.Call(name, self.where, args, kwargs, outputs, self.axes_of, self.contractions)
         call.numbers, call.statistics, call.vocabulary, call.zeros = self._numbers, self.statistics, self.vocabulary, self.zeros
-        call.masks, call.contests = self._masks, self.contests
+        call.masks, call.contests, call.strides = self._masks, self.contests, self.strides
         call.turn, call.function = self.turns[self.where][name], self.functions.running
         call.told, self._told = self._told, None
         if call.told is not None and (name != "aten.select" or args[2] != call.told.value):
             freeze(call.told.numbers, f"numbers of positions leave the tensors in {self.where or 'the model'}")
         contractions = len(self.contractions)
         found = rules.apply(call, func)
+        self._effects.update((id(tensor), call.effects) for tensor in outputs if call.effects)
         taken = tuple(value for tensor in inputs for value in self._values_of(tensor))
         before = call.before()
         for tensor, axes in zip(outputs, found, strict=True):
@@ -519,6 +559,7 @@ class Recorder(Watcher):
     def told(self, args: tuple[Any, ...], value: Any) -> None:
         """Numbers of positions that become plain numbers: indexing has read them to pick these positions, or they are lost."""
         self._begin_row(args)
+        self.read(*_tensors(args))
         numbers = next((self._numbers[id(given)] for given in _tensors(args) if id(given) in self._numbers), None)
         if numbers is None:
             return
@@ -535,6 +576,7 @@ class Recorder(Watcher):
 
     def _left_tensors(self, tensor: Tensor) -> None:
         """Keeps whole what a list of values is about: nothing shows what becomes of it."""
+        self.read(tensor)
         for axis in (*self.axes_of(tensor), self._numbers.get(id(tensor), ())):
             freeze(axis, f"values leave the tensors in {self.where or 'the model'}")
 
@@ -646,12 +688,19 @@ def _is_image(tensor: Tensor) -> bool:
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        return [_unwrapped(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that operators see where the network sees a row of it, in `torch.vmap`, or one that is differentiated."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -726,12 +775,22 @@ def _traceable(model: nn.Module) -> Iterator[None]:
         if EXPERTS in values:
             values[EXPERTS] = "batched_mm"
     try:
-        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time():
+        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for values, fields in (*before, *parts, *tables):  # some networks note on themselves that they have run, or hang up hooks
             values.clear()
             values.update(fields)
+        for module in model.modules():
+            _without_history(module)
+
+
+def _without_history(module: nn.Module) -> None:
+    """Weights that a hook makes anew before every run are plain values between runs, so that the network can be copied."""
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", "") if isinstance(hook, WeightNorm | SpectralNorm) else ""
+        if isinstance(made := vars(module).get(name), Tensor) and not made.is_leaf:
+            vars(module)[name] = made.detach()
 
 
 @contextmanager

@@ -28,6 +28,8 @@ ZERO_AT_ZERO = frozenset(
 TERMS = ("aten.add", "aten.sub")
 FACTORS = ("aten.mul",)
 PRODUCTS = ("aten.mm", "aten.bmm")
+BIASED = ("aten.addmm", "aten.baddbmm")
+LINEAR = ("aten.linear", "aten.convolution")
 MORE = ("aten.gt",)
 NOTHING = ("aten.zeros", "aten.zeros_like", "aten.new_zeros")
 
@@ -69,6 +71,10 @@ class Zeros:
             given = args[place]
             return self.along(given, axes_of(given)) if isinstance(given, Tensor) else frozenset()
 
+        def product(place: int) -> frozenset[Atom]:
+            left, right = axes_of(args[place]), axes_of(args[place + 1])
+            return along(place) & _leaves(left[:-1]) | along(place + 1) & _leaves([*right[:-2], right[-1]])
+
         found: frozenset[Atom] = frozenset()
         if name in ZERO_AT_ZERO or (name in MORE and not isinstance(args[1], Tensor) and args[1] >= 0):
             found = along(0)
@@ -77,8 +83,14 @@ class Zeros:
         elif name in TERMS:
             found = along(0) & along(1)
         elif name in PRODUCTS:  # what is summed over is no axis of the result
-            left, right = axes_of(args[0]), axes_of(args[1])
-            found = along(0) & _leaves(left[:-1]) | along(1) & _leaves([*right[:-2], right[-1]])
+            found = product(0)
+        elif name in BIASED:
+            found = along(0) & product(1)
+        elif name in LINEAR:  # of a convolution, the channels that it puts out
+            weight, bias = axes_of(args[1]), args[2] if len(args) > 2 else None
+            own = along(1) & _leaves(weight[1:2] if name == "aten.convolution" and args[6] else weight[:1])
+            passed = along(0) & _leaves(axes_of(args[0])[:-1]) if name == "aten.linear" else frozenset()
+            found = own | passed if bias is None else own & along(2)
         for tensor, axes in outputs:
             if found:
                 self._note(tensor, _once(axes, found))

@@ -83,7 +83,8 @@ def _gone(graph: Graph, plan: Plan) -> Iterator[tuple[str, Index]]:
     """Everything that a plan removes, as parameter and index."""
     for name, axes in kept_positions(graph, plan).items():
         for axis, keep in axes.items():
-            yield name, (*([slice(None)] * axis), missing(graph.shapes[name][axis], keep).nonzero().flatten())
+            if (name, axis) not in graph.spared:
+                yield name, (*([slice(None)] * axis), missing(graph.shapes[name][axis], keep).nonzero().flatten())
 
 
 def _slices(parameter: Tensor, index: Index) -> Tensor:
