@@ -33,6 +33,8 @@ def in_parts(func: Any) -> Callable[..., Any] | None:
     """What to run in the place of an operator; None for one that is run as it is."""
     if isinstance(func, HigherOrderOperator):
         return func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+    if func.namespace == "prim":  # what tensors are asked about themselves
+        return None
     if func._schema.name in KERNELS:
         return lambda *args, **kwargs: _attention(func, args, kwargs)
     if not known(func.overloadpacket._qualified_op_name.replace("::", ".")) and func._can_decompose():

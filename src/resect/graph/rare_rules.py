@@ -6,11 +6,10 @@ They are registered where those of `resect.graph.rules` are, by importing this f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from resect.graph.atoms import Axis, Misaligned, below, freeze, fresh, leaves, length, mark
+from resect.graph.atoms import below, freeze, fresh, length
 from resect.graph.rules import (
     Axes,
     Call,
@@ -19,6 +18,7 @@ from resect.graph.rules import (
     _input,
     _positions,
     _sum_over,
+    freeze_all,
     op_rule,
 )
 
@@ -86,7 +86,8 @@ def scatter_reduce(call: Call) -> list[Axes]:
     reason = f"positions are looked up at {call.site}"
     whole = call.name == "aten.index_reduce"  # its index is a list of numbers, not one for every value
     freeze(axes[dim], reason)
-    for tensor in (call.arg(2, "index"), call.arg(3, "src") if len(call.args) > 3 or "src" in call.kwargs else call.arg(3, "source")):
+    source = call.arg(3, "source") if whole else call.arg(3, "src")
+    for tensor in (call.arg(2, "index"), source):
         given = call.axes_of(tensor)
         if whole and len(given) != len(axes):
             freeze(given[0], reason)
@@ -111,7 +112,7 @@ def masked_select(call: Call) -> list[Axes]:
     """As many single positions as the data says."""
     reason = f"positions are looked up at {call.site}"
     axes = [axis for tensor in call.tensors() for axis in call.axes_of(tensor)]
-    call.when_read(lambda: [freeze(axis, reason) for axis in axes])
+    call.when_read(lambda: freeze_all(axes, reason))
     return [_frozen(call.outputs[0], reason)]
 
 
@@ -190,7 +191,7 @@ def as_strided(call: Call) -> list[Axes]:
     axes, given, output = _input(call), call.args[0], call.outputs[0]
     strides = call.strides or given.stride()
     sizes, reason = [length(axis) for axis in axes], f"memory is seen under other strides at {call.site}"
-    offset = output.storage_offset() - (output.storage_offset() if call.strides else given.storage_offset())
+    offset = int(output.storage_offset() - (output.storage_offset() if call.strides else given.storage_offset()))
     passing: dict[int, int] = {}
     for place, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
         same = [other for other in range(output.ndim) if (output.shape[other], output.stride()[other]) == (size, stride)]

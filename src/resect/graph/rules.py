@@ -267,6 +267,12 @@ def _freeze_all(call: Call, reason: str) -> list[Axes]:
     return [[fresh(size, reason) for size in output.shape] for output in call.outputs]
 
 
+def freeze_all(axes: Sequence[Axis], reason: str) -> None:
+    """Keeps several axes whole."""
+    for axis in axes:
+        freeze(axis, reason)
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
@@ -734,7 +740,7 @@ def _masked_index(call: Call, axes: Axes, indices: Sequence[Tensor | None], reas
     if mask is None or any(other is not None for other in others) or mask.dtype == torch.uint8:
         raise Misaligned("places that a mask says, among others")
     looked_up = [*axes[:covered], *call.axes_of(mask)]
-    call.when_read(lambda: [freeze(axis, reason) for axis in looked_up])
+    call.when_read(lambda: freeze_all(looked_up, reason))
     return [fresh(call.outputs[0].shape[0], reason), *axes[covered:]]
 
 
@@ -809,7 +815,8 @@ def resample(call: Call) -> list[Axes]:
     """The last one to three axes hold positions, which are moved, padded or pooled and stay; the others pass."""
     axes, shape = _input(call), call.outputs[0].shape
     spatial = len(axes) - int(re.findall(r"(\d)d", call.name)[-1])
-    result = [*axes[:spatial], *(_positions(call, axis, size) for axis, size in zip(axes[spatial:], shape[spatial:], strict=True))]
+    moved = zip(axes[spatial:], shape[spatial:], strict=True)
+    result = [*axes[:spatial], *(_positions(call, axis, size) for axis, size in moved)]
     return [list(result) for _ in call.outputs]
 
 
@@ -970,7 +977,12 @@ def reduction(call: Call) -> list[Axes]:
 def _reduce(call: Call, axes: Axes, dims: Any, note: Callable[[Axis], None]) -> list[Axes]:
     gone = _dims(call, dims, len(axes))
     over = [axes[dim] for dim in gone]
-    call.when_read(lambda: [note(axis) for axis in over])
+
+    def note_all() -> None:
+        for axis in over:
+            note(axis)
+
+    call.when_read(note_all)
     keep = call.outputs[0].ndim == len(axes)
     left: Sequence[Axis] = [() if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone]
     return [list(left) for _ in call.outputs]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
-from resect.graph import rare_rules, rules
+from resect.graph import rules
 from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
