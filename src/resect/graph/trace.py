@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resect.errors import ModelError
+from resect.graph import rare_rules as _rare_rules  # noqa: F401 - registers rules
 from resect.graph import rules
 from resect.graph.atoms import Atom, Axis, Contest, freeze, fresh, kept_length, length, mark
 from resect.graph.couple import Run, couple
