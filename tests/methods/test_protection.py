@@ -71,9 +71,11 @@ def test_matrices_of_protected_groups_stay_dense(mode: str) -> None:
     assert 0.9 * wanted < result.report["zeros"] <= wanted
 
 
-def test_a_share_of_every_group_passes_over_the_protected_in_any_layout() -> None:
+def test_a_share_of_every_group_passes_over_the_protected() -> None:
     model = FAMILIES["llama"]()
-    result = resect.prune(model, settings=SHARE, protect=[HEADS, CHANNELS])
+    with pytest.raises(UsageError, match=r"layout=uniform .*sizes differ from layer to layer"):
+        resect.prune(model, settings=SHARE, protect=[HEADS, CHANNELS])
+    result = resect.prune(model, settings=SHARE, layout="per-layer", protect=[HEADS, CHANNELS])
     assert {name: len(kept.keep) for name, kept in result.plan.groups.items() if kept.layer == 0} == {
         "model.layers.0.mlp.channels": 28,
         HEADS: 2,

@@ -3,7 +3,7 @@
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import Saved, save
-from resect.checkpoint.stock import Stock, expressible_kinds, find_stock
+from resect.checkpoint.stock import Stock, expressible_kinds, expressible_sizes, find_stock, inexpressible
 from resect.checkpoint.tokenizer import cut_tokenizer, needed_tokens
 from resect.checkpoint.verify import verify
 from resect.files import check_directory, whole_directory
@@ -20,7 +20,9 @@ __all__ = [
     "compose",
     "cut_tokenizer",
     "expressible_kinds",
+    "expressible_sizes",
     "find_stock",
+    "inexpressible",
     "load",
     "load_tokenizer",
     "needed_tokens",

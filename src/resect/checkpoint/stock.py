@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from resect.checkpoint.shipped import has_own_code
 from resect.checkpoint.silence import quiet
-from resect.graph import Group
+from resect.graph import DEPTH, Graph, Group
+from resect.plan import Plan, places
 from resect.surgery.modeling_resect import shorten
 
 Shapes = dict[str, tuple[int, ...]]
@@ -29,6 +30,8 @@ Fields = dict[str, Any]
 
 ROUNDS = 12
 """At most so many fields change."""
+MOST_TRIED = 64
+"""Where not every number of units can be said, at most about so many are tried."""
 MISSING = 1_000_000
 """A parameter that should not be there, or should, outweighs every wrong size."""
 
@@ -110,6 +113,60 @@ def expressible_kinds(model: PreTrainedModel, groups: Sequence[Group]) -> dict[s
     return {kind: _expressible(model, members) for kind, members in kinds.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Expressible:
+    """What stock configurations can say of smaller layers."""
+
+    sizes: Mapping[str, tuple[int, ...]]
+    """The numbers of units besides all that a group may keep, by group; none for one that stays whole."""
+    equal: tuple[tuple[str, ...], ...]
+    """Groups that one field sizes: they keep as many units as each other."""
+    withheld: Mapping[str, str]
+    """Why nothing of a kind can go, or, under `kind at place`, nothing of its groups there."""
+
+
+def expressible_sizes(model: PreTrainedModel, graph: Graph, kinds: Sequence[str]) -> Expressible:
+    """How many units the groups of some kinds may keep, so that a stock configuration says it.
+
+    `model` is dense and is not changed. Groups at the same place of their blocks keep equal numbers; each place is tried
+    alone, then together with others of the same kind that fail alone, for those that one field sizes. Shapes and
+    constants are compared, not logits: `save` still checks.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    equal: list[tuple[str, ...]] = []
+    withheld: dict[str, str] = {}
+    for kind in [kind for kind in kinds if graph.of_kind(kind)]:
+        if kind in DEPTH:
+            found = _expressible(model, graph.of_kind(kind))
+            withheld |= {} if found is True else {kind: str(found)}
+            continue
+        rows = places(graph, kind)
+        sought = {place: _Sizes(model, groups) for place, groups in rows.items()}
+        failed = {place: one for place, one in sought.items() if not one.numbers}
+        for together in _partners(failed):
+            joint = _Sizes(model, [group for place in together for group in rows[place]])
+            if joint.numbers and not any(sought[place].numbers for place in together):
+                equal.append(tuple(group.name for group in joint.groups))
+                sought |= dict.fromkeys(together, joint)
+        sizes |= {group.name: one.numbers for place, one in sought.items() for group in rows[place]}
+        refused = {place: one.reason for place, one in sought.items() if not one.numbers}
+        if len(refused) == len(rows):
+            withheld[kind] = "; ".join(dict.fromkeys(refused.values()))
+        else:
+            withheld |= {f"{kind} at {place}": reason for place, reason in refused.items()}
+    return Expressible(sizes, tuple(equal), withheld)
+
+
+def inexpressible(model: PreTrainedModel, graph: Graph, plan: Plan) -> str:
+    """Why no stock configuration has the shapes that a plan leaves of the dense `model`; empty where one has."""
+    config = copy.deepcopy(model.config)
+    with quiet():
+        shapes = _without(model, {group: plan.groups[group.name].removed for group in map(graph.group, plan.removed())})
+    gone = [group.name for group in graph.of_kind("blocks") if group.name in plan.removed()]
+    kept = _renumbered(model, config, shapes, gone)
+    return find_stock(kept, config, type(model), accept=lambda stock: _changed_constant(model, stock, gone))[1]
+
+
 def blank(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory. The configuration is copied."""
     with torch.device("meta"):
@@ -187,10 +244,15 @@ class _Search:
         return [(name, size) for name in names for size in sorted(sizes)]
 
     def _fields(self) -> list[tuple[str, Any]]:
-        return [(n, v) for n, v in self.family.config.to_dict().items() if "token_id" not in n]
+        return [(n, v) for n, v in _flat(self.family.config.to_dict()) if "token_id" not in n]
 
     def _takes_int(self, name: str) -> bool:
-        return any(f.name == name and re.search(r"\bint\b", str(f.type)) for f in dataclasses.fields(self.family.config))
+        config: Any = self.family.config
+        *outer, leaf = name.split(".")
+        for part in outer:
+            config = getattr(config, part, None)
+        fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+        return any(f.name == leaf and re.search(r"\bint\b", str(f.type)) for f in fields)
 
     def _best(self, changes: Changes, options: Sequence[Changes], left: int) -> tuple[int, Changes] | None:
         """The option after which fewest sizes are wrong, if fewer than now."""
@@ -219,7 +281,7 @@ class _Search:
             return " ".join(said.split()) or type(error).__name__
 
     def _config(self, changes: Changes) -> PreTrainedConfig:
-        made = type(self.family.config).from_dict({**self.family.config.to_dict(), **changes})
+        made = type(self.family.config).from_dict(_changed(self.family.config.to_dict(), changes))
         made.validate()  # classes of others leave that to whoever saves them
         return made
 
@@ -235,6 +297,27 @@ class _Search:
         wrong = sorted(name for name in found.keys() | self.target.keys() if found.get(name) != self.target.get(name))
         name = wrong[0]
         self.reason = f"no field makes {name} {self.target.get(name)} (it stays {found.get(name)})"
+
+
+def _flat(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """The fields of a configuration, those of configurations inside it under names with a dot."""
+    for name, value in fields.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            yield from ((f"{name}.{inner}", one) for inner, one in _flat(value))
+        else:
+            yield name, value
+
+
+def _changed(fields: Fields, changes: Changes) -> Fields:
+    """Fields of a configuration with some of them set; names may have dots."""
+    made = copy.deepcopy(fields)
+    for name, value in changes.items():
+        *outer, leaf = name.split(".")
+        place = made
+        for part in outer:
+            place = place[part]
+        place[leaf] = value
+    return made
 
 
 def _axes(a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[tuple[int | None, int | None]]:
@@ -301,9 +384,73 @@ def _expressible(model: PreTrainedModel, groups: Sequence[Group]) -> bool | str:
     return reasons[0] if reasons else "there is only one unit"
 
 
-def _changed_constant(model: PreTrainedModel, stock: Stock) -> str:
+class _Sizes:
+    """Which numbers of units some groups may all keep."""
+
+    def __init__(self, model: PreTrainedModel, groups: Sequence[Group]) -> None:
+        self.model, self.groups = model, groups
+        self.reason = "there is only one unit"
+        self._known: list[tuple[Stock, int]] = []
+        self.units = groups[0].units
+        self.numbers = self._found()
+
+    def _found(self) -> tuple[int, ...]:
+        units = self.units
+        probes = [kept for kept in dict.fromkeys([units // 2, units - 1, units - 2, units - 3]) if 0 < kept < units]
+        said = [self._says(kept) for kept in probes]
+        if said and all(said):
+            return tuple(range(1, units))
+        if not any(said) or has_own_code(type(self.model)):  # code of a model's own has to take any number
+            return ()
+        few = range(1, units) if units <= MOST_TRIED else range(units % (units // MOST_TRIED), units, units // MOST_TRIED)
+        return tuple(kept for kept in few if kept > 0 and self._says(kept))
+
+    def _says(self, kept: int) -> bool:
+        """Whether a configuration has these shapes; fields in proportion to those that were found before come first."""
+        target = _without_units(self.model, self.groups, self.units - kept)
+        if any(self._fits(stock, before, kept, target) for stock, before in self._known):
+            return True
+        stock, reason = find_stock(target, self.model.config, type(self.model), accept=self._accept)
+        if stock is None:
+            self.reason = reason if not self._known else self.reason
+            return False
+        self._known.append((stock, kept))
+        return True
+
+    def _accept(self, stock: Stock) -> str:
+        return _changed_constant(self.model, stock)
+
+    def _fits(self, stock: Stock, before: int, kept: int, target: Shapes) -> bool:
+        changes = {}
+        for name, value in stock.changes.items():
+            scaled = value if "head_dim" in name or type(value) is not int else value * kept / before
+            if scaled != int(scaled):
+                return False
+            changes[name] = int(scaled)
+        try:
+            with quiet():
+                config = type(stock.config).from_dict(_changed(stock.config.to_dict(), changes))
+                config.validate()
+                if shapes_of(blank(config, stock.model_class)) != target:
+                    return False
+                return not self._accept(dataclasses.replace(stock, config=config))
+        except Exception:  # any class may refuse, each in its own way
+            return False
+
+
+def _partners(failed: Mapping[str, _Sizes]) -> Iterator[tuple[str, ...]]:
+    """Places that one field may size together: pairs with as many units, then all that have."""
+    names = list(failed)
+    yield from (pair for pair in itertools.combinations(names, 2) if len({failed[name].units for name in pair}) == 1)
+    for units in dict.fromkeys(one.units for one in failed.values()):
+        alike = tuple(name for name in names if failed[name].units == units)
+        if len(alike) > 2:
+            yield alike
+
+
+def _changed_constant(model: PreTrainedModel, stock: Stock, gone: Sequence[str] = ()) -> str:
     """A number in the mathematics that follows a size in the stock code, while a cut model keeps the dense one's."""
-    modules = dict(model.named_modules())
+    modules = {} if gone else dict(model.named_modules())  # without blocks the others have other numbers
     for path, module in blank(stock.config, stock.model_class).named_modules():
         constants = vars(modules[path]) if path in modules else {}
         for name, value in vars(module).items():
@@ -314,16 +461,41 @@ def _changed_constant(model: PreTrainedModel, stock: Stock) -> str:
 
 def _without_units(model: PreTrainedModel, groups: Sequence[Group], step: int) -> Shapes:
     """Shapes with `step` units less in every group."""
+    return _without(model, dict.fromkeys(groups, step))
+
+
+def _without(model: PreTrainedModel, removed: Mapping[Group, int]) -> Shapes:
+    """Shapes with so many units less of every group; blocks and sub-layers keep theirs."""
     aliases: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
         aliases.setdefault(id(tensor), []).append(name)
     same = {name: names for names in aliases.values() for name in names}
     shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
-    for group in groups:
-        for member in group.members:
+    for group, step in removed.items():
+        for member in group.members if group.kind not in DEPTH else ():
             for name in same[member.parameter]:
-                shapes[name][member.axis] -= step * member.index.shape[1]
+                if name in shapes:  # buffers that are not saved follow from the configuration
+                    shapes[name][member.axis] -= step * member.index.shape[1]
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _renumbered(model: PreTrainedModel, config: PreTrainedConfig, shapes: Shapes, gone: Sequence[str]) -> Shapes:
+    """Shapes under their names once the blocks `gone` are; `config` is shortened to match."""
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in gone):
+        numbers = {int(name.rpartition(".")[2]) for name in gone if name.rpartition(".")[0] == parent}
+        count = len(model.get_submodule(parent))  # type: ignore[arg-type]
+        shorten(config, numbers, blocks=count)
+        stays = {old: new for new, old in enumerate(number for number in range(count) if number not in numbers)}
+        renamed = {}
+        for name, shape in shapes.items():
+            number, _, rest = name.removeprefix(f"{parent}.").partition(".")
+            if not name.startswith(f"{parent}."):
+                renamed[name] = shape
+            elif int(number) in stays:
+                renamed[f"{parent}.{stays[int(number)]}.{rest}"] = shape
+        shapes = renamed
+    return shapes
 
 
 def _without_blocks(model: PreTrainedModel, config: PreTrainedConfig, blocks: int, step: int) -> Shapes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -177,6 +177,10 @@ class Graph:
     sublayers: Mapping[str, Sublayer]
     tables: tuple[str, ...] = ()  # parameters in which the numbers of the text are looked up
     spared: frozenset[tuple[str, int]] = frozenset()  # parameters and axes that no mask writes zeros into: nothing over nothing
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """How many units a group may keep besides all, by group, where not every number will do."""
+    equal: tuple[tuple[str, ...], ...] = ()
+    """Names of groups, of as many units each, that have to keep as many units as each other."""
     _by_name: dict[str, Group] = field(default_factory=dict, repr=False, compare=False)
     _inside: dict[str, list[Group]] = field(default_factory=dict, repr=False, compare=False)
     _homes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -189,6 +193,13 @@ class Graph:
             if group.name not in self.sublayers and len(homes) == 1 and (home := homes.pop()):
                 self._homes[group.name] = home
                 self._inside.setdefault(home, []).append(group)
+
+    def constrained(
+        self, *, sizes: Mapping[str, tuple[int, ...]] | None = None, equal: Iterable[tuple[str, ...]] = ()
+    ) -> Graph:
+        """The same graph with more said about how many units its groups may keep."""
+        known: dict[str, Any] = {"_by_name": {}, "_inside": {}, "_homes": {}}
+        return replace(self, sizes={**self.sizes, **(sizes or {})}, equal=(*self.equal, *equal), **known)
 
     def group(self, name: str) -> Group:
         """The group of a name; an unknown one is a `UsageError` that names the nearest."""

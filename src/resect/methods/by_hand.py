@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from resect.errors import UsageError
 from resect.files.progress import Progress
 from resect.files.reading import read_text
-from resect.graph import VOCABULARY, Graph
+from resect.graph import DEPTH, VOCABULARY, Graph
 from resect.methods.method import Method, Units
-from resect.plan import Align, Cost, Kept, Plan, keep_all
+from resect.plan import Align, Cost, Kept, Plan, keep_all, places
 from resect.statistics import Data
 
 
@@ -128,11 +128,16 @@ class ByHand(Method):
 
 
 def _check_uniform(graph: Graph, plan: Plan) -> None:
-    """Refuses a plan with other sizes in some blocks where every block is to have the same."""
+    """Refuses a plan with other sizes in some blocks than at the same place of others."""
     whole = keep_all(graph.of_kind(*{kept.kind for kept in plan.groups.values()}))
-    complete = Plan(groups={**whole.groups, **plan.groups})
-    if not complete.is_uniform():
-        raise UsageError(
-            "The plan keeps other numbers of units in some blocks than in others, and layout=uniform gives all the same. "
-            "Use layout=per-layer."
-        )
+    complete = {**whole.groups, **plan.groups}
+    widths = [kind for kind in dict.fromkeys(kept.kind for kept in plan.groups.values()) if kind not in DEPTH]
+    for kind in widths:
+        for place, groups in places(graph, kind).items():
+            sizes = {len(complete[group.name].keep) for group in groups}
+            if len(sizes) > 1:
+                numbers = ", ".join(map(str, sorted(sizes)))
+                raise UsageError(
+                    f"The plan keeps {numbers} {kind} at {place}, other numbers in some blocks than in others, and "
+                    "layout=uniform gives all the same. Use layout=per-layer."
+                )

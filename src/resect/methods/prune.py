@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from resect.calibration import calibrate, check_vocabulary, check_windows
-from resect.checkpoint import cut_tokenizer, expressible_kinds
+from resect.checkpoint import cut_tokenizer, expressible_sizes, inexpressible
 from resect.errors import UsageError, nearest, shown
 from resect.evaluation import LatencyTable
 from resect.explain import explain, sizes_asked, telling
@@ -164,7 +164,7 @@ def prune(
     if scored:
         if chosen.coupled:
             with _timed(seconds, "trace"):
-                chosen, withheld = _deployable(chosen, model, graph, layout)
+                chosen, graph, withheld = _deployable(chosen, model, graph, layout)
         given = Data(())
         if chosen.needs_data:
             with _timed(seconds, "calibration"):
@@ -202,6 +202,8 @@ def prune(
         said = {"budget": str(budget)} if budget else {"sizes": sizes_asked(chosen.model_dump(mode="json"))}
     plan = plan.model_copy(update={"notes": {"method": method, **said, "layout": layout, "seed": seed}})
     plan &= trimmed
+    if scored and chosen.coupled:
+        _check_layout(model, graph, plan, layout)
     report = _report(graph, plan) | {
         "method": method,
         "settings": chosen.model_dump(mode="json"),
@@ -242,26 +244,41 @@ def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> M
         raise UsageError(explain(problem, METHODS[method])) from problem
 
 
-def _deployable(chosen: Method, model: nn.Module, graph: Graph, layout: str) -> tuple[Method, dict[str, str]]:
-    """Leaves out, from a uniform layout, the kinds that no stock configuration of the family can express smaller."""
+def _deployable(chosen: Method, model: nn.Module, graph: Graph, layout: str) -> tuple[Method, Graph, dict[str, str]]:
+    """Leaves out, from a uniform layout, what no stock configuration of the family can express smaller.
+
+    Gives the method without the kinds that are left out, the graph with the sizes that its groups may keep, and why
+    anything stays whole.
+    """
     if layout != "uniform" or not isinstance(model, PreTrainedModel):
-        return chosen, {}
+        return chosen, graph, {}
     asked = [kind for kind in chosen.removes if graph.of_kind(kind)]
-    found = expressible_kinds(model, graph.of_kind(*asked))
-    withheld = {kind: str(why) for kind, why in found.items() if why is not True}
+    found = expressible_sizes(model, graph, asked)
+    withheld = {kind: why for kind, why in found.withheld.items() if kind in asked}
     left = tuple(kind for kind in asked if kind not in withheld)
+    reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
     if asked and not left:
-        reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
         raise UsageError(
             f"layout=uniform asks for a stock configuration, and none can express this cut ({reasons}). Use layout=per-layer."
         )
     if withheld and chosen.exact:
-        reasons = "; ".join(f"{kind}: {why}" for kind, why in withheld.items())
         raise UsageError(
             f"Sizes of {', '.join(asked)} were asked for in layout=uniform, and no stock configuration "
             f"says them ({reasons}). Use layout=per-layer."
         )
-    return (chosen.model_copy(update={"kinds": left}) if withheld else chosen), withheld
+    chosen = chosen.model_copy(update={"kinds": left}) if withheld else chosen
+    return chosen, graph.constrained(sizes=found.sizes, equal=found.equal), dict(found.withheld)
+
+
+def _check_layout(model: nn.Module, graph: Graph, plan: Plan, layout: str) -> None:
+    """Refuses a plan for the uniform layout that no stock configuration expresses, before anything is cut."""
+    if layout != "uniform" or not isinstance(model, PreTrainedModel) or not plan.removed():
+        return
+    if reason := inexpressible(model, graph, plan):
+        raise UsageError(
+            f"layout=uniform asks for a stock configuration, and none can express the sizes that were chosen ({reason}). "
+            "Let other kinds be cut, ask for another share, or use layout=per-layer."
+        )
 
 
 def _data(

@@ -13,12 +13,13 @@ Where a cost goes down in stairs (`Cost.stops`), steps go from one edge to the n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
-from math import ceil, inf
+from itertools import accumulate, chain, pairwise
+from math import ceil, inf, lcm
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def select(
     least_by_kind = floor if isinstance(floor, Mapping) else dict.fromkeys(kinds, floor)
     floors = [_floor(graph, ladder, least_by_kind.get(ladder[0].kind, 1)) for ladder in ladders]
     spent = [gone.get(ladder[0].name, 0) for ladder in ladders]
-    aligns = [multiples.get(ladder[0].kind, 1) for ladder in ladders]
+    aligns = [lcm(*(multiples.get(group.kind, 1) for group in ladder)) for ladder in ladders]
     order = partial(_order, graph, ladders, scores, prices=prices, aligns=aligns, spent=spent)
     if spread is not None and selection == "global":
         even = _take(order(floors=floors, local=True), ladders, cost, target)
@@ -144,10 +145,11 @@ def select_share(
     ladders: list[list[Group]] = []
     for some in together:
         ladders += _ladders(graph, "per-layer", kinds=some, ranges=ranges, protect=protect)
-    for (group,) in ladders:
+    for group in chain.from_iterable(ladders):
         width = min(member.index.shape[1] for member in group.members)
         positions = group.units * width
         removed[group.name] = (positions - int(positions * (1 - shares[group.kind]))) // width
+        _check_size(graph, group, group.units - removed[group.name])
     return _plan(ladders, scores, removed)
 
 
@@ -170,15 +172,29 @@ def select_widths(
     ladders: list[list[Group]] = []
     for kind in widths:
         ladders += _ladders(graph, "per-layer", kinds=[kind], ranges=ranges, protect=protect)
-    for (group,) in ladders:
+    for group in chain.from_iterable(ladders):
         width, least = widths[group.kind], graph.least(group)
         if not least <= width <= group.units:
             raise UsageError(
                 f"{width} {group.kind} were asked for; {group.name} has {group.units} and needs {least}. "
                 "Ask for a number between, or bound the layers of the kind with the setting blocks."
             )
+        _check_size(graph, group, width)
         removed[group.name] = round((group.units - width) * done)
     return _plan(ladders, scores, removed)
+
+
+def _check_size(graph: Graph, group: Group, kept: int) -> None:
+    """Refuses a number of units that the group may not keep."""
+    sizes = graph.sizes.get(group.name)
+    if sizes is None or kept == group.units or kept in sizes:
+        return
+    near = sorted((*sizes, group.units), key=lambda size: abs(size - kept))[:3]
+    numbers = ", ".join(map(str, sorted(near)))
+    raise UsageError(
+        f"{kept} {group.kind} of {group.name} were to stay, and no stock configuration says so many. "
+        f"The nearest numbers that one says are {numbers}. Ask for one of them, or use layout=per-layer."
+    )
 
 
 def _floor(graph: Graph, ladder: list[Group], asked: int) -> int:
@@ -217,11 +233,11 @@ def _ladders(
         inside = [group for group in graph.of_kind(kind) if group.layer is None or first <= group.layer < last]
         offered = [group for group in inside if groups is None or group.name in groups]
         found = _open(graph, offered, protect)
-        if layout == "per-layer" or kind in ("residual", "vocabulary", *DEPTH):
+        if layout == "per-layer":
             ladders += [[group] for group in found]
-        elif found:
-            _check_all_open(kind, offered, found)
-            ladders += _uniform(graph, kind, found)
+        else:
+            ladders += _uniform(graph, kind, found, protect)
+    ladders = _joined(graph, ladders)
     if not ladders:
         known = ", ".join(sorted({group.kind for group in graph.groups})) or "none"
         spared = f", and {len(protect)} groups are protected" if protect else ""
@@ -239,28 +255,63 @@ def _open(graph: Graph, groups: Sequence[Group], protect: Collection[str]) -> li
     return [group for group in groups if group.name not in protect and group.name not in around]
 
 
-def _check_all_open(kind: str, offered: Sequence[Group], found: Sequence[Group]) -> None:
-    """Refuses a uniform layout in which some groups of a kind are to stay whole and others not."""
-    if spared := [group.name for group in offered if group.name not in {one.name for one in found}]:
-        raise UsageError(
-            f"layout=uniform gives every block the same number of {kind}, and {len(spared)} of {len(offered)} groups of them are "
-            f"protected ({spared[0]}{', ...' if len(spared) > 1 else ''}). Use layout=per-layer."
-        )
+def places(graph: Graph, kind: str) -> dict[str, list[Group]]:
+    """The groups of a kind that get one size in a uniform layout, by their place: equally many units at the same place.
+
+    The place is the name within the block, without the numbers of lists in it (`mlp.experts.*.channels`). Blocks that have
+    nothing there do not count. Groups that lie in no block, and blocks and sub-layers themselves, stand alone.
+    """
+    found: dict[tuple[str, int], list[Group]] = {}
+    for group in graph.of_kind(kind):
+        alone = group.layer is None or kind in DEPTH
+        place = group.name if alone else re.sub(r"(^|\.)\d+(?=\.)", r"\1*", graph.blocks.within(group.name))
+        found.setdefault((place, group.units), []).append(group)
+    several = Counter(place for place, _ in found)
+    return {
+        f"{place} of {units}" if several[place] > 1 else place: groups for (place, units), groups in found.items()
+    }
 
 
-def _uniform(graph: Graph, kind: str, groups: list[Group]) -> list[list[Group]]:
-    """Groups that stand at the same place of every layer, shrinking together."""
-    layers: dict[int | None, list[Group]] = {}
-    for group in groups:
-        layers.setdefault(group.layer, []).append(group)
-    rows = [list(row) for row in zip(*layers.values(), strict=False)]
-    complete = len(layers) == graph.blocks.count and len({len(found) for found in layers.values()}) == 1
-    if not complete or any(len({group.units for group in row}) > 1 for row in rows):
+def _uniform(graph: Graph, kind: str, found: Sequence[Group], protect: Collection[str]) -> list[list[Group]]:
+    """Groups that stand at the same place of their blocks, shrinking together."""
+    names = {group.name for group in found}
+    rows = []
+    for place, row in places(graph, kind).items():
+        missing = [group for group in row if group.name not in names]
+        if not missing:
+            rows.append(row)
+            continue
+        if len(missing) == len(row):
+            continue
+        if spared := [group.name for group in missing if group.name in protect]:
+            raise UsageError(
+                f"layout=uniform gives every block the same number of {kind}, and {len(spared)} of {len(row)} groups of them are "
+                f"protected ({spared[0]}{', ...' if len(spared) > 1 else ''}). Use layout=per-layer."
+            )
         raise UsageError(
-            f"layout=uniform needs the same {kind} in every one of the {graph.blocks.count} blocks; they were found, in these "
-            f"ranges, in {len(layers)}. Use layout=per-layer, or leave the ranges out."
+            f"layout=uniform gives all {len(row)} groups of {kind} at {place} one size, and {len(missing)} of them lie outside "
+            "the ranges that were asked for. Use layout=per-layer, or leave the ranges out."
         )
     return rows
+
+
+def _joined(graph: Graph, ladders: list[list[Group]]) -> list[list[Group]]:
+    """Ladders whose groups have to stay equally wide made one; without those of which a group stays whole."""
+    place = {group.name: number for number, ladder in enumerate(ladders) for group in ladder}
+    home = list(range(len(ladders)))
+    whole: set[int] = set()
+    for names in graph.equal:
+        numbers = {home[place[name]] for name in names if name in place}
+        if any(name not in place for name in names):
+            whole |= numbers
+        elif len(numbers) > 1:
+            first = min(numbers)
+            whole = {first if number in numbers else number for number in whole}
+            home = [first if number in numbers else number for number in home]
+    joined: dict[int, list[Group]] = {}
+    for number, ladder in enumerate(ladders):
+        joined.setdefault(home[number], []).extend(ladder)
+    return [ladder for number, ladder in joined.items() if number not in whole]
 
 
 def _capped(ladders: list[list[Group]], floors: Sequence[int], even: Mapping[str, int], spread: float) -> list[int]:
@@ -289,7 +340,9 @@ def _order(
     """All steps, first to go first; one block is left whatever happens."""
     steps: list[Step] = []
     for number, (ladder, price, least, width, went) in enumerate(zip(ladders, prices, floors, aligns, spent, strict=True)):
-        sizes = _removals(ladder[0].units, width, least, price.stops)
+        limits = [graph.sizes[group.name] for group in ladder if group.name in graph.sizes]
+        allowed = set(limits[0]).intersection(*limits[1:]) if limits else None
+        sizes = _removals(ladder[0].units, width, least, price.stops, allowed)
         found = _steps(number, ladder, scores, sizes=sizes, price=price, local=local)
         before = accumulate(sizes)
         steps += [replace(step, key=-inf) if done <= went else step for step, done in zip(found, before, strict=False)]
@@ -346,11 +399,16 @@ def _pooled(losses: Tensor, prices: Tensor) -> Tensor:
     return torch.tensor([loss / price for loss, price, steps in runs for _ in range(steps)], dtype=torch.float64)
 
 
-def _removals(units: int, align: int, floor: int, stops: Sequence[int] | None = None) -> list[int]:
-    """How many units each step removes: one at a time, or down to multiples of `align`, or from stop to stop."""
+def _removals(
+    units: int, align: int, floor: int, stops: Sequence[int] | None = None, allowed: Collection[int] | None = None
+) -> list[int]:
+    """How many units each step removes: one at a time, or down to multiples of `align`, or from stop to stop.
+
+    `allowed` are the numbers that may stay; None: any.
+    """
     lowest = max(floor, align) if floor and align > 1 else floor
     offered = range(lowest, units) if stops is None else [kept for kept in stops if lowest <= kept < units]
-    stays = [kept for kept in reversed(offered) if kept % align == 0]
+    stays = [kept for kept in reversed(offered) if kept % align == 0 and (allowed is None or kept in allowed)]
     return [before - after for before, after in zip([units, *stays], stays, strict=False)]
 
 
