@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resect.calibration import calibrate
-    from resect.checkpoint import cut_tokenizer, load, load_tokenizer, needed_tokens, save, skeleton
+    from resect.checkpoint import cut_tokenizer, load, load_into, load_tokenizer, needed_tokens, save, skeleton
     from resect.export import Exported, export
     from resect.graph import Graph, trace
     from resect.methods import Knowledge, Result, Vocabulary, analyze, prune, vocabulary_plan
@@ -41,6 +41,7 @@ __all__ = [
     "cut_tokenizer",
     "export",
     "load",
+    "load_into",
     "load_tokenizer",
     "mask",
     "masked",
@@ -55,7 +56,7 @@ __all__ = [
 
 _ROOMS = {
     "calibrate": "calibration",
-    **dict.fromkeys(("cut_tokenizer", "load", "load_tokenizer", "needed_tokens", "save", "skeleton"), "checkpoint"),
+    **dict.fromkeys(("cut_tokenizer", "load", "load_into", "load_tokenizer", "needed_tokens", "save", "skeleton"), "checkpoint"),
     **dict.fromkeys(("Exported", "export"), "export"),
     **dict.fromkeys(("Graph", "trace"), "graph"),
     **dict.fromkeys(("Knowledge", "Result", "Vocabulary", "analyze", "prune", "vocabulary_plan"), "methods"),

@@ -69,6 +69,10 @@ class OtherMachine(ResectWarning):
     """Something was measured on another machine than this one."""
 
 
+class OtherLayout(ResectWarning):
+    """A uniform layout was asked for, and what is written needs code of its own."""
+
+
 class EmulatedPrecision(ResectWarning):
     """What is computed in has no instructions on this processor, and takes far longer than float32."""
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from resect.checkpoint import load, load_tokenizer, save, skeleton, verify
-from resect.checkpoint.save import Saved
+from resect.checkpoint import Saved, load, load_tokenizer, save, skeleton, verify
 from resect.errors import CheckpointError
 from tests.checkpoint.hand import channels, cut_by_hand, heads, merged, residual
 from tests.models import (
@@ -219,7 +218,7 @@ def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     module = importlib.import_module("resect.checkpoint.verify")
     zeros = torch.zeros(2, 24, 101)
     for found, match in ((zeros, "off by"), (zeros[0], "off by inf"), (zeros / 0, "off by nan")):
-        monkeypatch.setattr(module, "_reloaded_logits", lambda *_, found=found: found)
+        monkeypatch.setattr(module, "_reloaded_outputs", lambda *_, found=found: found)
         with pytest.raises(CheckpointError, match=match):
             verify(directory, model)
 

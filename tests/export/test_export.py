@@ -383,7 +383,7 @@ def test_what_vllm_reads(even: PreTrainedModel, uneven: PreTrainedModel, tmp_pat
     assert obstacles(tmp_path / "even", tensor_parallel=7) == [f"{heads} heads do not divide among 7 devices"]
     save(uneven, tmp_path / "uneven")
     config = json.loads((tmp_path / "uneven" / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert ["fewer heads" in said for said in obstacles(tmp_path / "uneven")] == [True]
     del config["auto_map"]["AutoModel"]
     (tmp_path / "uneven" / "config.json").write_text(json.dumps(config))

@@ -1,8 +1,10 @@
 """Models as files: loading any of them, and saving cut ones so that others can load them."""
 
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
+from resect.checkpoint.plain import load_into
 from resect.checkpoint.record import compose, record_of
-from resect.checkpoint.save import Saved, save
+from resect.checkpoint.save import save
+from resect.checkpoint.saved import Saved
 from resect.checkpoint.stock import Stock, expressible_kinds, expressible_sizes, find_stock, inexpressible
 from resect.checkpoint.tokenizer import cut_tokenizer, needed_tokens
 from resect.checkpoint.verify import verify
@@ -24,6 +26,7 @@ __all__ = [
     "find_stock",
     "inexpressible",
     "load",
+    "load_into",
     "load_tokenizer",
     "needed_tokens",
     "record_of",

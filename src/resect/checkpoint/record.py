@@ -23,7 +23,8 @@ def record_of(model: nn.Module) -> Record:
     A model loaded from a per-layer checkpoint brings the record of its earlier cuts in `config.resect`; a cut since
     then left `model.resect_record`.
     """
-    earlier = getattr(getattr(model, "config", None), "resect", None) or EMPTY
+    loaded = getattr(model, "resect_earlier", None)  # of a network that is no model of transformers
+    earlier = getattr(getattr(model, "config", None), "resect", None) or loaded or EMPTY
     return compose(earlier, _plain(getattr(model, "resect_record", None)))
 
 

@@ -3,67 +3,40 @@
 from __future__ import annotations
 
 import copy
-import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from resect.calibration import positions_of
 from resect.checkpoint.card import About, card
+from resect.checkpoint.example import Inputs, difference_between, example_of, relative_difference
+from resect.checkpoint.plain import save_plain
 from resect.checkpoint.record import Record, record_of
+from resect.checkpoint.saved import Jsonable, Saved, describe, write_text
 from resect.checkpoint.shipped import own_code_refusal, shipped_code
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.stock import Stock, find_stock, shapes_of
-from resect.errors import CheckpointError, UsageError
+from resect.errors import CheckpointError, OtherLayout, UsageError
 from resect.evaluation import evaluating
 from resect.explain import telling
 from resect.files import check_directory, whole_directory
 from resect.surgery import modeling_resect
 from resect.surgery.adapters import check_merged
-from resect.surgery.modeling_resect import removed_blocks, shorten
+from resect.surgery.modeling_resect import auto_classes, removed_blocks, shorten
 from resect.surroundings import unaffected
-
-FORMAT = 1
-
-
-class Jsonable(Protocol):
-    """A plan, as far as this room knows."""
-
-    def to_json(self) -> str:
-        """Plain JSON."""
-        ...
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What was written and how it can be loaded."""
-
-    directory: str
-    layout: str
-    """`uniform`: stock transformers loads it. `per-layer`: with the code beside it, or `resect.load`."""
-    model_type: str
-    relabelled_from: str | None
-    """The dense model's type, where a relative's configuration says what its own refuses."""
-    changes: Mapping[str, Any]
-    """Fields of the stock configuration that differ from the dense one."""
-    reason: str
-    """Why no stock configuration was found; empty for `uniform`."""
-    difference: float
-    """Largest logit difference between the cut model and the written one, relative to the logits' spread."""
-    parameters: int
 
 
 @telling("save the model")
 @unaffected()
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     directory: str | Path,
     *,
     tokenizer: Any = None,
@@ -71,27 +44,34 @@ def save(
     overwrite: bool = False,
     extra_files: Mapping[str, str] | None = None,
     about: About | None = None,
+    inputs: Any = None,
 ) -> Saved:
     """Writes the cut (or dense) `model`: safetensors, configuration, tokenizer, `plan.json`, `resect.json`, README.
 
     The directory is whole or not there: it is written beside its place and renamed. What is written is checked first:
     a model built from the configuration and filled with the weights must give the logits of `model`, within rounding.
-    The model is not changed. `extra_files` maps relative paths to text, `about` goes into the README. Raises
+    The model is not changed. `extra_files` maps relative paths to text, `about` goes into the README. `inputs` are what the
+    model is called with, like those of `resect.trace`; none are needed after a cut, nor for models of tokens alone.
+    A network that is no `PreTrainedModel` is written as its weights, the plan and what was cut: `load_into` gives them to a
+    dense one that the caller builds. Raises
     `CheckpointError` when `directory` holds something and not `overwrite`, when writing fails, and when no configuration
     reproduces the model.
     """
-    inputs = [getattr(model, "name_or_path", None)]
-    target = check_directory(directory, overwrite=overwrite, inputs=inputs)
+    sources = [getattr(model, "name_or_path", None)]
+    target = check_directory(directory, overwrite=overwrite, inputs=sources)
     check_merged(model)
+    if not isinstance(model, PreTrainedModel):
+        return save_plain(model, target, plan=plan, overwrite=overwrite, extra_files=extra_files, inputs=inputs)
     code = shipped_code(model)
     record = record_of(model)
     _check_tokenizer(model, tokenizer, record)
-    written, saved = _loadable(model, record, target)
+    written, saved = _loadable(model, record, target, example_of(model, inputs))
+    _tell_layout(saved, plan)
     readme = card(saved, has_tokenizer=tokenizer is not None, about=about)
-    files = {"resect.json": _describe(saved, record), "README.md": readme}
+    files = {"resect.json": describe(saved, record), "README.md": readme}
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
     files |= extra_files or {}
-    with whole_directory(target, overwrite=overwrite, inputs=inputs) as partial, quiet():
+    with whole_directory(target, overwrite=overwrite, inputs=sources) as partial, quiet():
         # Merged experts and the like are stored as they are where no stock code would merge them again.
         written.save_pretrained(partial, save_original_format=saved.layout == "uniform")
         if code is not None:
@@ -99,8 +79,21 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for name, text in files.items():
-            _write(partial, name, text)
+            write_text(partial, name, text)
     return saved
+
+
+def _tell_layout(saved: Saved, plan: Any) -> None:
+    """Warns where a uniform layout was asked for and another one is written."""
+    asked = (getattr(plan, "notes", None) or {}).get("layout")
+    if asked == "uniform" and saved.layout != asked:
+        warnings.warn(
+            OtherLayout(
+                f"layout=uniform was asked for, and no stock configuration describes what was cut ({saved.reason}). The model "
+                "is written with code beside it, and loads with resect.load or with remote code trusted."
+            ),
+            stacklevel=4,
+        )
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
@@ -117,7 +110,9 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> 
         )
 
 
-def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[PreTrainedModel, Saved]:
+def _loadable(
+    model: PreTrainedModel, record: Record, target: Path, inputs: Inputs
+) -> tuple[PreTrainedModel, Saved]:
     """A model with the weights of `model` whose configuration, saved, gives it back; and how it will load."""
     stock_class: type[PreTrainedModel] = getattr(type(model), "stock_class", type(model))
     config = shortened(model, stock_class, record)
@@ -125,7 +120,7 @@ def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[Pre
 
     def accept(stock: Stock) -> str:
         try:
-            filled[:] = [_fill(model, stock.config, stock.model_class)]
+            filled[:] = [_fill(model, stock.config, stock.model_class, inputs)]
         except CheckpointError as error:
             return str(error)
         return ""
@@ -137,7 +132,7 @@ def _loadable(model: PreTrainedModel, record: Record, target: Path) -> tuple[Pre
         written, difference = filled[0]
         layout, relabelled, changes = "uniform", stock.relabelled_from, stock.changes
     else:
-        written, difference = _fill(model, *_own_code(config, stock_class, record))
+        written, difference = _fill(model, *_own_code(config, stock_class, record), inputs)
         layout, relabelled, changes = "per-layer", None, {}
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = written.config.model_type
@@ -165,12 +160,7 @@ def _own_code(
     """Configuration and class of `modeling_resect.py` for a model that no stock configuration describes."""
     if not hasattr(transformers, stock_class.__name__) or type(config) not in MODEL_MAPPING:
         raise CheckpointError(own_code_refusal(stock_class.__name__))
-    bare: Any = MODEL_MAPPING[type(config)]
-    names = {
-        "AutoConfig": type(config).__name__,
-        "AutoModel": bare.__name__,
-        "AutoModelForCausalLM": stock_class.__name__,
-    }
+    names = {"AutoConfig": type(config).__name__, **auto_classes(type(config), stock_class)}
     prefix = modeling_resect.PREFIX
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     own = getattr(modeling_resect, prefix + names["AutoConfig"]).from_dict({**fields, "resect": record})
@@ -179,7 +169,9 @@ def _own_code(
     return own, getattr(modeling_resect, prefix + stock_class.__name__)
 
 
-def _fill(model: PreTrainedModel, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> tuple[PreTrainedModel, float]:
+def _fill(
+    model: PreTrainedModel, config: PreTrainedConfig, model_class: type[PreTrainedModel], inputs: Inputs
+) -> tuple[PreTrainedModel, float]:
     """A `model_class` with the weights of `model`, sharing their memory, and how far its logits are off.
 
     Raises `CheckpointError` when weights and configuration do not fit or the logits differ by more than rounding.
@@ -196,7 +188,7 @@ def _fill(model: PreTrainedModel, config: PreTrainedConfig, model_class: type[Pr
     if model.can_generate():
         filled.generation_config = copy.deepcopy(model.generation_config)
     with _buffers_like(model, filled):
-        difference = logit_difference(filled, model)
+        difference = difference_between(filled, model, inputs)
     allowed = tolerance(model.dtype)
     if not difference <= allowed:
         raise CheckpointError(f"its logits are off by {difference:.1e} of their spread, {allowed:.0e} is allowed")
@@ -233,14 +225,6 @@ def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     return relative_difference(found, expected)
 
 
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference over the standard deviation of `expected`; infinite where shapes differ."""
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = (found.double() - expected.double()).abs().max() / expected.double().std().clamp_min(1e-30)
-    return float(difference)
-
-
 def random_tokens(model: PreTrainedModel) -> Tensor:
     """Tokens [2, 24] of the model's vocabulary, or as many as it sees at once, the same every time."""
     generator = torch.Generator().manual_seed(0)
@@ -253,20 +237,3 @@ def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     with evaluating(model):
         logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
     return logits
-
-
-def _describe(saved: Saved, record: Record) -> str:
-    """`resect.json`: how the directory was made."""
-    facts = asdict(replace(saved, directory="."))
-    del facts["directory"]
-    return json.dumps({"format": FORMAT, **facts, "threads": torch.get_num_threads(), "record": record}, indent=1) + "\n"
-
-
-def _write(directory: Path, name: str, text: str) -> None:
-    """A text file at a relative path inside `directory`."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(f"Asked to write {name!r} into the checkpoint; extra files stay inside it. Give a relative path.")
-    path = directory / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")

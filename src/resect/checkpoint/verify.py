@@ -6,32 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from resect.checkpoint.configuration import read_configuration
-from resect.checkpoint.save import logits_of, random_tokens, relative_difference, tolerance
+from resect.checkpoint.example import Inputs, example_of, on_cpu, relative_difference
+from resect.checkpoint.save import tolerance
 from resect.checkpoint.shipped import shipped_code
 from resect.environment import python
 from resect.errors import CheckpointError
 from resect.files import temporary_folder
+from resect.surgery import outputs_of
 from resect.surroundings import unaffected
 
 
 @torch.no_grad()
 @unaffected()
-def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | None = None) -> float:
-    """The largest logit difference between `model` and what a fresh process loads, relative to the logits' spread.
+def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | None = None, inputs: Any = None) -> float:
+    """The largest difference of what `model` and what a fresh process loads put out, relative to its spread.
 
     The process uses transformers alone, with the code shipped in `directory` where no stock configuration describes
-    the model. `tokens` [N, T] are random if not given. Raises `CheckpointError` when loading fails or the difference
-    is more than rounding.
+    the model. `tokens` [N, T] are random if not given; another network is run with inputs like its example, or like
+    `inputs`. Raises `CheckpointError` when loading fails or the difference is more than rounding.
     """
-    tokens = random_tokens(model) if tokens is None else tokens
+    example = ((), {"input_ids": tokens, "use_cache": False}) if tokens is not None else example_of(model, inputs)
     with temporary_folder(f"to verify {directory}") as folder:
-        found = _reloaded_logits(Path(directory).resolve(), tokens, folder, model)
-    difference = relative_difference(found, logits_of(model, tokens).cpu())
+        found = _reloaded_outputs(Path(directory).resolve(), on_cpu(example), folder, model)
+    difference = relative_difference(found, outputs_of(model, _on(model, example)).cpu())
     if not difference <= tolerance(model.dtype):
         raise CheckpointError(
             f"Reloaded {directory} in a fresh process; its logits are off by {difference:.1e} of their spread, "
@@ -46,10 +49,16 @@ def _is_ours(auto_map: Any) -> bool:
     return all(str(name).startswith("modeling_resect.") for name in names)
 
 
-def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path, model: PreTrainedModel) -> Tensor:
-    """Logits of what a process of its own loads."""
-    given, wanted = folder / "tokens.safetensors", folder / "logits.safetensors"
-    save_file({"tokens": tokens.cpu().contiguous()}, given)
+def _on(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """The inputs where the model is."""
+    moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to(model.device), inputs)
+    return moved
+
+
+def _reloaded_outputs(directory: Path, inputs: Inputs, folder: Path, model: PreTrainedModel) -> Tensor:
+    """What a model that a process of its own loads puts out."""
+    given, wanted = folder / "inputs.pt", folder / "outputs.safetensors"
+    torch.save(inputs, given)
     config = directory / "config.json"
     if not config.is_file():
         raise CheckpointError(f"Asked to verify {directory}; it has no config.json. Name a directory that was saved.")
@@ -61,4 +70,4 @@ def _reloaded_logits(directory: Path, tokens: Tensor, folder: Path, model: PreTr
     run = python(*words, variables=variables, folder=folder)
     if run.returncode:
         raise CheckpointError(f"Reloading {directory} in a fresh process failed: {run.stderr.strip()[-1500:]}")
-    return load_file(wanted)["logits"]
+    return load_file(wanted)["outputs"]

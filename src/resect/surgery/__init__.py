@@ -1,6 +1,6 @@
 """Removing units: the only room, with recovery, that writes to a model."""
 
-from resect.surgery.check import cut_and_check, gather_and_check
+from resect.surgery.check import cut_and_check, gather_and_check, inputs_like, outputs_of, tokens_alone
 from resect.surgery.compensate import (
     Loss,
     reading,
@@ -28,11 +28,14 @@ __all__ = [
     "dense_tensors",
     "gather",
     "gather_and_check",
+    "inputs_like",
     "kept_tokens",
     "mask",
     "masked",
+    "outputs_of",
     "plan_record",
     "reading",
+    "tokens_alone",
     "without_columns",
     "without_columns_after",
     "without_columns_under",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from resect.calibration import positions_of
 from resect.errors import NumericsError
@@ -22,6 +22,8 @@ from resect.surroundings import unaffected
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a network is called with."""
+TOKENS = "input_ids"
+"""How arguments that are numbers of tokens are called, alone or at the end of a name."""
 SHAPE = (2, 16)
 """Sequences and tokens of the check."""
 TOLERANCE = 1e-4
@@ -43,9 +45,9 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
     keep = kept_tokens(graph, plan)
     before, after = _inputs(model, graph, keep, seed)
     with masked(model, plan, graph), _widened(model):
-        expected = _of_tokens(_outputs(model, before), keep)
+        expected = _of_tokens(outputs_of(model, before), keep)
         with _rounding_errors(model, graph, seed):
-            disturbed = _of_tokens(_outputs(model, before), keep)
+            disturbed = _of_tokens(outputs_of(model, before), keep)
     cut(model, plan, graph)
     return _compared(model, after, expected, disturbed)
 
@@ -58,16 +60,16 @@ def gather_and_check(model: nn.Module, kept: Mapping[str, Kept], graph: Graph, *
     """
     inputs, _ = _inputs(model, graph, None, seed)
     with _widened(model):
-        expected = _outputs(model, inputs)
+        expected = outputs_of(model, inputs)
         with _rounding_errors(model, graph, seed):
-            disturbed = _outputs(model, inputs)
+            disturbed = outputs_of(model, inputs)
     gather(model, kept)
     return _compared(model, inputs, expected, disturbed)
 
 
 def _compared(model: nn.Module, inputs: Inputs, expected: Tensor, disturbed: Tensor) -> dict[str, float]:
     with _widened(model):
-        difference = _difference(expected, _outputs(model, inputs))
+        difference = _difference(expected, outputs_of(model, inputs))
     allowed = max(TOLERANCE, ROUNDING * _difference(expected, disturbed))
     if not difference <= allowed:
         raise NumericsError(
@@ -79,23 +81,67 @@ def _compared(model: nn.Module, inputs: Inputs, expected: Tensor, disturbed: Ten
 
 def _inputs(model: nn.Module, graph: Graph, keep: Tensor | None, seed: int) -> tuple[Inputs, Inputs]:
     """Random inputs of the masked and of the cut network; tokens have other numbers there where the vocabulary is cut."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary:
-        stays = torch.arange(vocabulary) if keep is None else keep
+    if tokens_alone(model, graph.witness.example):
+        generator = torch.Generator().manual_seed(seed)
+        device = next(model.parameters()).device
+        stays = torch.arange(_vocabulary(model)) if keep is None else keep
         shape = (SHAPE[0], min(SHAPE[1], positions_of(model) or SHAPE[1]))
         tokens = torch.randint(len(stays), shape, generator=generator)
         before, after = ({"input_ids": given.to(device), "use_cache": False} for given in (stays[tokens], tokens))
         return ((), before), ((), after)
+    like = inputs_like(graph.witness.example, model, seed, rows=None if keep is None else len(keep))
+    return (like if keep is None else _numbered(like, keep)), like
 
-    def random(given: Tensor) -> Tensor:
+
+def tokens_alone(model: nn.Module, example: Inputs) -> bool:
+    """Whether a language model was traced with numbers of tokens and nothing else."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    named = {name for name, value in example[1].items() if isinstance(value, Tensor)}
+    return bool(_vocabulary(model)) and len(tensors) == 1 and not tensors[0].is_floating_point() and named <= {"input_ids"}
+
+
+def inputs_like(example: Inputs, model: nn.Module, seed: int, *, rows: int | None = None) -> Inputs:
+    """Random inputs of the shapes and types of an example: numbers of tokens below `rows`, masks of ones, other numbers 0.
+
+    Numbers of tokens are called `input_ids`, alone or at the end of a name; `rows` is the model's vocabulary if not given.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    most = rows or _vocabulary(model)
+
+    def random(path: Any, given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        shape, name = tuple(given.shape), _key(path)
         if given.is_floating_point():
-            return torch.randn(tuple(given.shape), generator=generator).to(device, given.dtype)
-        return torch.zeros(tuple(given.shape), dtype=given.dtype, device=device)
+            return torch.randn(shape, generator=generator).to(device, given.dtype)
+        if name.endswith(TOKENS) and most:
+            return torch.randint(most, shape, generator=generator, dtype=given.dtype).to(device)
+        return torch.full(shape, int("mask" in name), dtype=given.dtype, device=device)
 
-    like: Inputs = tree_map_only(Tensor, random, graph.witness.example)
-    return like, like
+    like: Inputs = tree_map_with_path(random, example)
+    return like
+
+
+def _numbered(inputs: Inputs, keep: Tensor) -> Inputs:
+    """The inputs with the numbers that their tokens had before the vocabulary was cut."""
+
+    def before(path: Any, given: Any) -> Any:
+        tokens = isinstance(given, Tensor) and not given.is_floating_point() and _key(path).endswith(TOKENS)
+        return keep.to(given.device)[given] if tokens else given
+
+    numbered: Inputs = tree_map_with_path(before, inputs)
+    return numbered
+
+
+def _key(path: Any) -> str:
+    """The last name on the way to a leaf; empty for places in a sequence."""
+    return str(getattr(path[-1], "key", "")) if path else ""
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens the configuration speaks of; 0 for a network without tokens."""
+    return getattr(getattr(model, "config", None), "vocab_size", None) or 0
 
 
 def _of_tokens(logits: Tensor, keep: Tensor | None) -> Tensor:
@@ -108,7 +154,7 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return float((expected - found).abs().max() / expected.std().clamp_min(1e-30))
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits, or the first tensor that a network puts out."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -119,7 +165,9 @@ def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
         for module in training:
             module.training = True
     logits = getattr(found, "logits", None)
-    return logits if isinstance(logits, Tensor) else next(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+    tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    floating = [leaf for leaf in tensors if leaf.is_floating_point()]
+    return logits if isinstance(logits, Tensor) else (floating or tensors)[0]
 
 
 @contextmanager

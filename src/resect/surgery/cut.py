@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from resect.errors import ModelError, UsageError
 from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
@@ -71,7 +72,13 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     if tokens is not None:
         renumber_tokens(model, graph.group(VOCABULARY), tokens)
     model.resect_record = record  # type: ignore[assignment]
+    model.resect_example = tree_map_only(Tensor, _empty, graph.witness.example)
     return model
+
+
+def _empty(given: Tensor) -> Tensor:
+    """The shape and type of a tensor, without its memory."""
+    return torch.empty(tuple(given.shape), dtype=given.dtype, device="meta")
 
 
 def plan_record(model: nn.Module, plan: Plan, graph: Graph) -> Record:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 Record = Mapping[str, Any]
@@ -158,7 +159,15 @@ class Resized:
         record = getattr(config, "resect", None) or {}
         check(record)
         lengthen(config, removed_blocks(record)[1])
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # Code that builds a part through an Auto class looks the configuration's class up: it is the dense one meanwhile.
+        own, auto_map = type(config), vars(config).pop("auto_map", None)
+        config.__class__ = self.stock_class.config_class
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.__class__ = own
+            if auto_map is not None:
+                config.auto_map = auto_map
         resize(self, record)  # type: ignore[arg-type]
 
     @classmethod
@@ -171,7 +180,7 @@ class Resized:
         whole = self.config  # type: ignore[attr-defined]
         for module in self.modules():  # type: ignore[attr-defined]
             config: Any = getattr(module, "config", None)
-            if config is not whole and type(config) is type(whole):
+            if config is not whole and isinstance(config, self.stock_class.config_class or ()):
                 config._attn_implementation_internal = whole._attn_implementation_internal
 
 
@@ -201,9 +210,35 @@ def _model_class(name: str, stock: type[PreTrainedModel]) -> type:
     values = {
         "stock_class": stock,
         "config_class": globals().get(PREFIX + config_class.__name__) or __getattr__(PREFIX + config_class.__name__),
-        "_auto_class": "AutoModelForCausalLM" if stock.can_generate() else "AutoModel",
+        "_auto_class": next(reversed(auto_classes(config_class, stock))),
     }
     return type(name, (Resized, stock), {**values, "__module__": __name__, "__doc__": f"`{stock.__name__}`, cut."})
+
+
+def auto_classes(config_class: type, own: type | None = None) -> dict[str, str]:
+    """The names of the dense classes of a configuration, by the Auto class that finds each; that of `own` comes last.
+
+    A class that no Auto class knows is found by `AutoModelForCausalLM` if it generates, else by `AutoModel`.
+    """
+    found: dict[str, str] = {}
+    for auto, kind in vars(modeling_auto).items():
+        mapping = getattr(kind, "_model_mapping", None)
+        if not auto.startswith("AutoModel") or mapping is None or config_class not in mapping:
+            continue
+        classes = mapping[config_class]
+        several = classes if isinstance(classes, tuple) else (classes,)
+        named = [one.__name__ for one in several if hasattr(transformers, one.__name__)]
+        if named:
+            found[auto] = own.__name__ if own is not None and own.__name__ in named else named[0]
+    if own is None:
+        return found
+    mine = [auto for auto, name in found.items() if name == own.__name__]
+    generates = issubclass(own, PreTrainedModel) and own.can_generate()
+    place = mine[-1] if mine else "AutoModelForCausalLM" if generates else "AutoModel"
+    if "AutoModelForCausalLM" in mine:
+        place = "AutoModelForCausalLM"
+    found.pop(place, None)
+    return {**found, place: own.__name__}
 
 
 def _localized(model: nn.Module, record: Record) -> Record:
