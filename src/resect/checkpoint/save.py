@@ -29,7 +29,7 @@ from resect.explain import telling
 from resect.files import check_directory, whole_directory
 from resect.surgery import modeling_resect
 from resect.surgery.adapters import check_merged
-from resect.surgery.modeling_resect import auto_classes, removed_blocks, shorten
+from resect.surgery.modeling_resect import auto_classes, removed_by_list, shorten
 from resect.surroundings import unaffected
 
 
@@ -147,10 +147,9 @@ def shortened(model: PreTrainedModel, stock_class: type[PreTrainedModel], record
     assert stock_class.config_class is not None
     config = stock_class.config_class.from_dict(fields)
     config._attn_implementation = model.config._attn_implementation
-    path, removed = removed_blocks(record)
-    if removed:
+    for path, removed in removed_by_list(record).items():
         left = len(model.get_submodule(path))  # type: ignore[arg-type]
-        shorten(config, removed, blocks=left + len(removed))
+        shorten(config, removed, blocks=left + len(removed), path=path)
     return config
 
 

@@ -485,7 +485,7 @@ def _renumbered(model: PreTrainedModel, config: PreTrainedConfig, shapes: Shapes
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in gone):
         numbers = {int(name.rpartition(".")[2]) for name in gone if name.rpartition(".")[0] == parent}
         count = len(model.get_submodule(parent))  # type: ignore[arg-type]
-        shorten(config, numbers, blocks=count)
+        shorten(config, numbers, blocks=count, path=parent)
         stays = {old: new for new, old in enumerate(number for number in range(count) if number not in numbers)}
         renamed = {}
         for name, shape in shapes.items():

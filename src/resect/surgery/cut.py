@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from resect.errors import ModelError, UsageError
 from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
 from resect.plan import Plan
+from resect.surgery.alignment import renumber_alignment
 from resect.surgery.attributes import shape_attributes
 from resect.surgery.caches import forget
 from resect.surgery.modeling_resect import Gathered, Silent, remove, resize, set_attributes, set_tensor
@@ -71,6 +72,7 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     tokens = kept_tokens(graph, plan)
     if tokens is not None:
         renumber_tokens(model, graph.group(VOCABULARY), tokens)
+    renumber_alignment(model, plan, graph)
     model.resect_record = record  # type: ignore[assignment]
     model.resect_example = tree_map_only(Tensor, _empty, graph.witness.example)
     return model

@@ -43,6 +43,18 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a stand-in may at most put out: zeros of so many channels, in a tuple of so many items.
 MOST_WIDTH = 2**24
 MOST_RETURNS = 64
+# Fields of a configuration that hold numbers of blocks.
+NUMBERING = (
+    *("mlp_only_layers", "cross_attention_layers", "global_attn_indexes", "deepstack_visual_indexes"),
+    *("fullatt_block_indexes", "window_block_indices", "residual_block_indices", "moe_layers", "attn_layer_indices"),
+    *("kv_source_layers", "local_layer_ids", "ple_layer_ids", "rope_scaling_layers"),
+)
+# Fields that say up to which block they are of another sort.
+FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
+# The two stacks of some networks, how fields that count blocks end, and those of them that mean the encoder.
+SIDES = ("encoder", "decoder")
+DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
+PLAIN = ("num_hidden_layers", "num_layers")
 # Attributes by which the modules of a block know its number, and thereby its slot in the KV cache.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
@@ -112,36 +124,99 @@ def _damaged(what: str, value: Any) -> ValueError:
     return ValueError(f"The surgery record is damaged: {what[:300]} is {str(value)[:100]}.")
 
 
-def shorten(config: PreTrainedConfig, indices: Iterable[int], *, blocks: int) -> None:
-    """Makes `config` speak of the blocks that stay: the layer count and every list with one entry a layer, in place.
+def shorten(config: PreTrainedConfig, indices: Iterable[int], *, blocks: int, path: str = "") -> None:
+    """Makes `config` speak of the blocks that stay, in place: their number, lists with one entry a layer, their numbers.
 
-    `indices` are the blocks that go, out of `blocks`. A configuration that does not speak of `blocks` layers is left
-    alone.
+    `indices` are the blocks that go, out of `blocks` in the list at `path`. A configuration that does not speak of
+    `blocks` layers there is left alone.
     """
     gone = set(indices)
-    if not gone or getattr(config, "num_hidden_layers", None) != blocks:
+    depths = _depths(config, path, blocks)
+    if not gone or not depths:
         return
-    for name, entries in _per_layer(config, blocks):
+    stay = [index for index in range(blocks) if index not in gone]
+    for name, numbers in _numbering(config, blocks):
+        setattr(config, name, [stay.index(number) for number in numbers if number in stay])
+    for name, entries in _per_layer(config, path, blocks):
         setattr(config, name, type(entries)(entry for index, entry in enumerate(entries) if index not in gone))
-    config.num_hidden_layers = blocks - len(gone)
+    for name in FIRST:
+        first = getattr(config, name, None)
+        if type(first) is int and 0 < first <= blocks:
+            setattr(config, name, sum(index < first for index in stay))
+    for name in depths:
+        setattr(config, name, len(stay))
 
 
-def lengthen(config: PreTrainedConfig, indices: Iterable[int]) -> None:
+def lengthen(config: PreTrainedConfig, indices: Iterable[int], *, path: str = "") -> None:
     """The inverse of `shorten`: makes room for the blocks `indices`, so that the dense model can be built, in place.
 
     What the lists say about those blocks is unknown and does not matter, since they are removed again: each takes the
     entry of a neighbour that stays.
     """
     gone = sorted(set(indices))
-    left = getattr(config, "num_hidden_layers", None)
+    left = next((count for count in _counts(config, path) if count), None)
     if not gone or left is None:
         return
-    for name, entries in _per_layer(config, left):
+    blocks = left + len(gone)
+    stay = [index for index in range(blocks) if index not in gone]
+    depths = _depths(config, path, left)
+    for name, numbers in _numbering(config, left):
+        setattr(config, name, [stay[number] for number in numbers])
+    for name, entries in _per_layer(config, path, left):
         longer = list(entries)
         for index in gone:
             longer.insert(index, longer[min(index, len(longer) - 1)])
         setattr(config, name, type(entries)(longer))
-    config.num_hidden_layers = left + len(gone)
+    for name in FIRST:
+        first = getattr(config, name, None)
+        if type(first) is int and 0 < first <= left:
+            setattr(config, name, stay[first - 1] + 1)
+    for name in depths:
+        setattr(config, name, blocks)
+
+
+def _side(path: str) -> str:
+    """Whether a list of blocks is the encoder's or the decoder's; empty where it does not say."""
+    return next((part for part in path.split(".") if part in SIDES), "")
+
+
+def _depths(config: PreTrainedConfig, path: str, blocks: int) -> list[str]:
+    """The fields that count the blocks of a list, of those that say `blocks`."""
+    return [name for name in _depth_fields(config, path) if getattr(config, name) == blocks]
+
+
+def _counts(config: PreTrainedConfig, path: str) -> list[int]:
+    return [getattr(config, name) for name in _depth_fields(config, path)]
+
+
+def _depth_fields(config: PreTrainedConfig, path: str) -> list[str]:
+    """The fields that count the blocks of a list: those of its side, in a network of an encoder and a decoder."""
+    side = _side(path)
+    named = [name for name, value in vars(config).items() if type(value) is int and name.endswith(DEPTHS)]
+    if not side or not any("decoder" in name for name in named):
+        return ["num_hidden_layers"] if type(getattr(config, "num_hidden_layers", None)) is int else []
+    sided = [name for name in named if side in name]
+    plain = [name for name in named if not any(other in name for other in SIDES) and name in PLAIN]
+    return sided if side == "decoder" else [*sided, *plain]
+
+
+def _numbering(config: PreTrainedConfig, blocks: int) -> list[tuple[str, list[int]]]:
+    """The fields of `config` that hold numbers of blocks, in ascending order."""
+    return [
+        (name, list(value))
+        for name, value in vars(config).items()
+        if name in NUMBERING and isinstance(value, list | tuple) and _are_numbers(value)
+        if list(value) == sorted({number for number in value if 0 <= number < blocks})
+    ]
+
+
+def removed_by_list(record: Record) -> dict[str, list[int]]:
+    """The numbers of the removed blocks, by the module list that held them."""
+    found: dict[str, list[int]] = {}
+    for name in record.get("removed", ()):
+        path, _, index = name.rpartition(".")
+        found.setdefault(path, []).append(int(index))
+    return {path: sorted(set(numbers)) for path, numbers in found.items()}
 
 
 def removed_blocks(record: Record) -> tuple[str, list[int]]:
@@ -158,7 +233,8 @@ class Resized:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         record = getattr(config, "resect", None) or {}
         check(record)
-        lengthen(config, removed_blocks(record)[1])
+        for path, numbers in removed_by_list(record).items():
+            lengthen(config, numbers, path=path)
         # Code that builds a part through an Auto class looks the configuration's class up: it is the dense one meanwhile.
         own, auto_map = type(config), vars(config).pop("auto_map", None)
         config.__class__ = self.stock_class.config_class
@@ -517,7 +593,7 @@ def _remove(model: nn.Module, removed: Sequence[str]) -> None:
         if not isinstance(blocks, nn.ModuleList) or indices[-1] >= len(blocks):
             raise ValueError(f"The surgery record removes blocks {indices} of {parent!r}, which the dense model has not.")
         for config in _configs(model, parent):
-            shorten(config, indices, blocks=len(blocks))
+            shorten(config, indices, blocks=len(blocks), path=parent)
         stay = [number for number in range(len(blocks)) if number not in indices]
         for new, old in enumerate(stay):
             _renumber(blocks[old], old, new)
@@ -540,10 +616,13 @@ def _configs(model: nn.Module, path: str) -> list[PreTrainedConfig]:
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
-def _per_layer(config: PreTrainedConfig, blocks: int) -> Iterator[tuple[str, Any]]:
-    """The fields of `config` that hold one entry a layer."""
+def _per_layer(config: PreTrainedConfig, path: str, blocks: int) -> Iterator[tuple[str, Any]]:
+    """The fields of `config` that hold one entry a layer; where a list has a side, those that name it."""
+    sided = _depth_fields(config, path) != ["num_hidden_layers"]
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == blocks and name != "architectures" and "token_id" not in name:
+        if not isinstance(value, list | tuple) or len(value) != blocks or (sided and _side(path) not in name):
+            continue
+        if name != "architectures" and "token_id" not in name and name not in NUMBERING:
             yield name, value
 
 
