@@ -179,3 +179,14 @@ def test_shares_of_some_blocks_are_refused_in_the_uniform_layout() -> None:
     with pytest.raises(UsageError, match=r"none can express the sizes that were chosen \(.*differ from layer to layer"):
         resect.prune(model, settings=settings)
     assert model.config.intermediate_size == model.get_submodule("model.layers.1.mlp.up_proj").out_features
+
+
+def test_a_refusal_says_why_the_experts_stay_whole() -> None:
+    """Routers that choose groups of experts before experts."""
+    fields = {**LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 16}
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**{**SIZES, "num_hidden_layers": 2}, **fields, first_k_dense_replace=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    wanted = r"experts were asked for.* These stay whole: .*\(positions see each other at aten.topk in model.layers.0.mlp"
+    with pytest.raises(UsageError, match=wanted):
+        resect.prune(model, layout="per-layer", settings={"criterion": "l2", "kinds": ["experts"]})

@@ -36,6 +36,11 @@ Ranges = Mapping[str, tuple[int, int]]
 Align = int | Mapping[str, int]
 """What the units that stay are a multiple of: channels, residual channels and rows of the vocabulary, or by kind."""
 ALIGNED = ("channels", "residual", "vocabulary")
+COMPETE = "positions see each other"
+"""How the reason begins why units that compete for tokens stay whole."""
+PLAIN = ("an input", "an output", "a part of every")
+"""How reasons begin that say nothing of a kind."""
+MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -243,8 +248,20 @@ def _ladders(
         spared = f", and {len(protect)} groups are protected" if protect else ""
         raise UsageError(
             f"Nothing to cut: {', '.join(kinds)} were asked for, the network offers {known} in these layers{spared}."
+            + _reasons(graph, kinds)
         )
     return ladders
+
+
+def _reasons(graph: Graph, kinds: Sequence[str]) -> str:
+    """Why the network offers nothing of some kinds, by place, as far as the graph knows; empty where it offers some."""
+    if graph.of_kind(*kinds):
+        return ""
+    competing = [one for one in graph.frozen if one.reason.startswith(COMPETE)] if "experts" in kinds else []
+    found = competing or [one for one in graph.frozen if not one.reason.startswith(PLAIN)]
+    places_of = {one.reason: one.parameter for one in reversed(found)}
+    first = [f"{name} ({reason})" for reason, name in reversed(places_of.items())][:MOST_REASONS]
+    return f" These stay whole: {'; '.join(first)}." if first else ""
 
 
 def _open(graph: Graph, groups: Sequence[Group], protect: Collection[str]) -> list[Group]:
