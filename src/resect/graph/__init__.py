@@ -3,7 +3,7 @@
 from resect.graph.atoms import Axis, Contest, freeze, join, kept_length, length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
-from resect.graph.groups import DEPTH, KINDS, Factor, Frozen, Graph, Group, Member, Rivals, Term
+from resect.graph.groups import DEPTH, KINDS, Factor, Frame, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
 from resect.graph.trace import Replay, Watcher, retrace, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
@@ -18,6 +18,7 @@ __all__ = [
     "Call",
     "Contest",
     "Factor",
+    "Frame",
     "Frozen",
     "Graph",
     "Group",

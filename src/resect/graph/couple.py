@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
@@ -45,10 +45,12 @@ class Run:
     statistics: Mapping[str, Sequence[Axis]]  # what the normalisations of each module run over
     flow: Flow
     tokens: Mapping[str, Atom]  # the axes of the example text
-    frames: Mapping[str, Frame]  # what each module takes in and puts out
+    frames: Mapping[str, Sequence[Frame]]  # what each module takes in and puts out, call by call
     example: tuple[tuple[Any, ...], dict[str, Any]]
     fake: bool  # whether fake tensors were enough
     spared: frozenset[tuple[str, int]] = frozenset()  # parameters and axes that are put over their own length
+    lifted: Mapping[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict)  # what tensors were made of
+    stateful: frozenset[str] = frozenset()  # modules that keep something from one run to the next
 
 
 def couple(model: nn.Module, run: Run) -> Graph:
@@ -67,31 +69,33 @@ def couple(model: nn.Module, run: Run) -> Graph:
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_modules()}
     taken = {group.name for group in offered.values()}
     sublayers = [
-        replace(one, name=f"{one.name}.whole") if one.name in taken else one for one in find_sublayers(run.flow, blocks, sizes)
+        replace(one, name=f"{one.name}.whole") if one.name in taken else one
+        for one in find_sublayers(run.flow, blocks, sizes)
+        if not any(_keeps_state(silence.path, run.stateful) for silence in one.silences)
     ]
-    depth = _depth(model, blocks, run.flow, sublayers, parameters)
+    depth = _depth(model, blocks, run, sublayers)
     owners = _owners(depth, sublayers)
 
-    def term(axes: Sequence[Axis], where: str) -> Term:
+    def term(axes: Sequence[Axis], where: str, tokens: Mapping[str, Atom]) -> Term:
         atoms = [atom for axis in axes for atom in leaves(axis)]
-        powers = {name: sum(atom is root(given) for atom in atoms) for name, given in run.tokens.items()}
-        own = [atom for atom in atoms if all(atom is not root(given) for given in run.tokens.values())]
+        powers = {name: sum(atom is root(given) for atom in atoms) for name, given in tokens.items()}
+        own = [atom for atom in atoms if all(atom is not root(given) for given in tokens.values())]
         factors = tuple(_factor((atom,), offered) for atom in own)
         owning = tuple(owners[path] for path in _around(where) if path in owners)
-        return Term(factors, owning, blocks.layer_of(where), powers["batch"], powers["tokens"])
+        return Term(factors, owning, blocks.layer_of(where), powers.get("batch", 0), powers.get("tokens", 0))
 
     named = {atom: group.name for atom, group in offered.items()}
     normalising = {path for group in offered.values() for path in group.mixed}
-    frames = {path: frame for path, frame in run.frames.items() if path in normalising}
+    frames = {path: tuple(calls) for path, calls in run.frames.items() if path in normalising}
     return Graph(
         groups=(*sorted(offered.values(), key=_order), *depth),
         frozen=tuple(frozen),
         shapes={name: tuple(map(length, axes)) for name, axes in (*parameters.items(), *run.buffers.items())},
         blocks=blocks,
-        parameters={name: term(axes, name) for name, axes in parameters.items()},
-        contractions=tuple(term(axes, where) for where, axes in run.contractions),
+        parameters={name: term(axes, name, {}) for name, axes in parameters.items()},
+        contractions=tuple(term(axes, where, run.tokens) for where, axes in run.contractions),
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
-        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames),
+        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames, run.lifted),
         spared=run.spared,
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )
@@ -289,16 +293,16 @@ def _kind(atom: Atom, layer: int | None, blocks: Blocks) -> str:
     return "channels" if layer is not None or not blocks.count else "residual"
 
 
-def _depth(
-    model: nn.Module,
-    blocks: Blocks,
-    flow: Flow,
-    sublayers: Sequence[Sublayer],
-    parameters: Mapping[str, Sequence[Axis]],
-) -> list[Group]:
+def _keeps_state(path: str, stateful: Collection[str]) -> bool:
+    """Whether a module, or one inside it, keeps something that others may read: how far the text has come, a cache."""
+    return any(name == path or name.startswith(f"{path}.") for name in stateful)
+
+
+def _depth(model: nn.Module, blocks: Blocks, run: Run, sublayers: Sequence[Sublayer]) -> list[Group]:
     """Groups of one unit: every block that hands on its stream and every sub-layer, if nothing else uses its parameters."""
+    parameters = run.parameters
     shared = Counter(id(tensor) for paths in blocks.modules for path in paths for tensor in _tensors(model, [path]))
-    chain = chained(flow, blocks)
+    chain = {path for path in chained(run.flow, blocks) if not _keeps_state(path, run.stateful)}
     found = [("blocks", paths[0], [paths[0]], layer) for layer, paths in enumerate(blocks.modules) if paths[0] in chain]
     found += [
         ("sublayers", one.name, [silence.path for silence in one.silences], one.layer)

@@ -141,7 +141,9 @@ class Witness:
     groups: Mapping[Atom, str]
     fake: bool = True  # whether fake tensors were enough
     loops: Mapping[int, Loop] = field(default_factory=dict)  # by the number of the operator that took the rows apart
-    frames: Mapping[str, Frame] = field(default_factory=dict)  # by module
+    frames: Mapping[str, tuple[Frame, ...]] = field(default_factory=dict)  # by module, call by call
+    lifted: Mapping[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict)
+    """What tensors were made of, by the module that made them and how many it had made before."""
 
     def fits(self, operation: Operation, found: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> bool:
         """Whether an operator puts out the shapes that it must.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from resect.graph.atoms import below, freeze, fresh, length
+from resect.graph.atoms import Atom, below, freeze, fresh, length
 from resect.graph.rules import (
     Axes,
     Call,
@@ -18,6 +18,7 @@ from resect.graph.rules import (
     _input,
     _positions,
     _sum_over,
+    _zero_on,
     freeze_all,
     op_rule,
 )
@@ -51,7 +52,8 @@ def trilinear(call: Call) -> list[Axes]:
         for other in axes[1:]:
             call.link(result[place], other)
     for place in summed:
-        _sum_over(call, result[place], result[place])
+        zero = frozenset[Atom]().union(*(call.zeros.along(tensor, call.axes_of(tensor)) for tensor in call.args[:3]))
+        _sum_over(call, result[place], result[place], zero)
     call.contractions.append((call.where, tuple(result)))
     return [[axis for place, axis in enumerate(result) if place not in summed]]
 
@@ -226,6 +228,6 @@ def _alone(output: Tensor, place: int, offset: int) -> bool:
 def vdot(call: Call) -> list[Axes]:
     """A sum of products of two vectors."""
     (left,), (right,) = call.axes_of(call.args[0]), call.axes_of(call.args[1])
-    _sum_over(call, left, right)
+    _sum_over(call, left, right, _zero_on(call, 0, 0) | _zero_on(call, 1, 0))
     call.contractions.append((call.where, (left,)))
     return [[]]

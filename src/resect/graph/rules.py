@@ -7,7 +7,7 @@ that reaches it. `op_rule` adds rules from user code; it is the only registry in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -33,6 +33,7 @@ from resect.graph.atoms import (
     mark,
     narrow,
     reshape,
+    root,
 )
 from resect.graph.vocabulary import SHAPE_ONLY, Vocabulary
 from resect.graph.zeros import Zeros
@@ -578,11 +579,13 @@ def view_as_real(call: Call) -> list[Axes]:
 # -- contractions ------------------------------------------------------------------------------------------------------
 
 
-def _contract(call: Call, left: Axes, right: Axes) -> Axes:
+def _contract(call: Call, first: Tensor, second: Tensor) -> Axes:
     """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
+    left, right = call.axes_of(first), call.axes_of(second)
+    a_side, b_side = (first, left), (second, right)
     scores = len(left) > 1 and _on_tokens([left[-2]]) and _on_tokens([right[-1]])
     attention = len(left) > 2 and (scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]]))
-    _sum_over(call, left[-1], right[-2])
+    call.link(left[-1], right[-2])
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
     pooling = attention and not scores and not _has_heads(left[:-2]) and not _on_tokens([left[-2], right[-1]])
@@ -590,6 +593,7 @@ def _contract(call: Call, left: Axes, right: Axes) -> Axes:
         for axis in (*left[:-2], *right[:-2]):
             mark(axis, label="attention")
         mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
+    _sum_over(call, left[-1], right[-2], call.zeros.along_axis(*a_side, -1) | call.zeros.along_axis(*b_side, -2))
     call.contractions.append((call.where, (*left, right[-1])))
     return [*left[:-1], right[-1]]
 
@@ -599,10 +603,23 @@ def _has_heads(axes: Axes) -> bool:
     return any(not leaf.marks & {"batch", "input"} for axis in axes for leaf in below(axis))
 
 
-def _sum_over(call: Call, left: Axis, right: Axis) -> None:
-    """Two axes that are one and are summed over."""
+def _sum_over(call: Call, left: Axis, right: Axis, zero: Collection[Atom]) -> None:
+    """Two axes that are one and are summed over; `zero` are the leaves where a factor is zero at masked units.
+
+    Of the others a masked unit still adds the product of what both sides are there, so they are kept whole.
+    """
     call.link(left, right)
     mark(left, label="summed")
+    known = {root(leaf) for atom in zero for leaf in below((atom,))}
+    for leaf in below(left):
+        if leaf not in known and "inside a head" not in leaf.marks:
+            freeze((leaf,), f"a product sums over it, and neither side is zero where it is masked, at {call.site}")
+
+
+def _zero_on(call: Call, argument: int, place: int) -> frozenset[Atom]:
+    """The leaves along one axis of an argument where it is zero at masked units."""
+    tensor = call.args[argument]
+    return call.zeros.along_axis(tensor, call.axes_of(tensor), place)
 
 
 def _on_tokens(axes: Axes) -> bool:
@@ -617,13 +634,13 @@ def _parts(atom: Atom) -> Axes:
 @op_rule("aten.mm", "aten.bmm")
 def matmul(call: Call) -> list[Axes]:
     """Matrix product; the contracted axes are one."""
-    return [_contract(call, call.axes_of(call.args[0]), call.axes_of(call.args[1]))]
+    return [_contract(call, call.args[0], call.args[1])]
 
 
 @op_rule("aten.addmm", "aten.baddbmm")
 def biased_matmul(call: Call) -> list[Axes]:
     """Matrix product plus a bias that broadcasts over it."""
-    axes = _contract(call, call.axes_of(call.args[1]), call.axes_of(call.args[2]))
+    axes = _contract(call, call.args[1], call.args[2])
     _link_trailing(call, axes, call.axes_of(call.args[0]))
     return [axes]
 
@@ -632,7 +649,7 @@ def biased_matmul(call: Call) -> list[Axes]:
 def matvec(call: Call) -> list[Axes]:
     """Matrix or vector times vector."""
     left, right = call.axes_of(call.args[0]), call.axes_of(call.args[1])
-    _sum_over(call, left[-1], right[-1])
+    _sum_over(call, left[-1], right[-1], _zero_on(call, 0, -1) | _zero_on(call, 1, -1))
     call.contractions.append((call.where, tuple(left)))
     return [left[:-1]]
 
@@ -641,7 +658,7 @@ def matvec(call: Call) -> list[Axes]:
 def linear(call: Call) -> list[Axes]:
     """`x @ weight.T + bias`; weight is [out, in]."""
     left, weight = call.axes_of(call.args[0]), call.axes_of(call.args[1])
-    _sum_over(call, left[-1], weight[-1])
+    _sum_over(call, left[-1], weight[-1], _zero_on(call, 0, -1) | _zero_on(call, 1, -1))
     call.contractions.append((call.where, (*left, weight[0])))
     bias = call.arg(2, "bias")
     if bias is not None:
@@ -772,18 +789,19 @@ def convolution(call: Call) -> list[Axes]:
     into, out = (weight[1], weight[0]) if not transposed else (weight[0], weight[1])
     for axis in weight[2:]:
         freeze(axis, f"a window of positions at {call.site}")
+    zero = _zero_on(call, 0, 1) | _zero_on(call, 1, 0 if transposed else 1)
     if groups == 1:
-        _sum_over(call, axes[1], into)
+        _sum_over(call, axes[1], into, zero)
     elif not transposed:
         outer, inner = factor(axes[1], groups)
         out_outer, _ = factor(out, groups)
         call.link(outer, out_outer)
-        _sum_over(call, inner, into)
+        _sum_over(call, inner, into, zero)
     else:  # weight is [in, out / groups, *window]
         outer, inner = factor(axes[1], groups)
         into_outer, into_inner = factor(into, groups)
         call.link(outer, into_outer)
-        _sum_over(call, inner, into_inner)
+        _sum_over(call, inner, into_inner, zero)
         out = (*outer, *out)
     bias = call.arg(2, "bias")
     if bias is not None:

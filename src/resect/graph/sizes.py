@@ -22,6 +22,18 @@ from resect.graph.atoms import Axis, Misaligned, below, factor, freeze, join, le
 VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
 LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Functions that hand values to code of Python."""
+FILLING = {
+    torch.full: (1, "fill_value"),
+    torch.full_like: (1, "fill_value"),
+    torch.fill: (1, "value"),
+    Tensor.fill_: (1, "value"),
+    Tensor.new_full: (2, "fill_value"),
+    Tensor.new_tensor: (1, "data"),
+    torch.scalar_tensor: (0, "s"),
+    torch.as_tensor: (0, "data"),
+    torch.tensor: (0, "data"),
+}
+"""Functions that make tensors of values, and where these stand."""
 COMPUTED = "its size is a number that the network computes with"
 
 
@@ -94,6 +106,8 @@ class Sizes(TorchFunctionMode):
                 self._leaves(args[0])
             if self.running == "_weight_norm":
                 self._spares(args[0], args[2] if len(args) > 2 else kwargs.get("dim", 0))
+            for value in _filling(func, args, kwargs):
+                value._number()
             result = func(*args, **kwargs)
         finally:
             self.running = before
@@ -134,6 +148,15 @@ class Sizes(TorchFunctionMode):
         stream, inner = self._axes_of(query), self._axes_of(projection)
         if stream is not None and inner is not None:
             _unite(stream[-1], narrow(inner[0], 0, length(stream[-1])))
+
+
+def _filling(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Size]:
+    """The sizes that a function puts into a tensor as values."""
+    if func not in FILLING:
+        return []
+    place, name = FILLING[func]
+    given = args[place] if place < len(args) else kwargs.get(name)
+    return [value for value in torch.utils._pytree.tree_leaves(given) if isinstance(value, Size)]
 
 
 def _name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

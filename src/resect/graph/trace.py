@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from resect.errors import ModelError
 from resect.graph import rare_rules as _rare_rules  # noqa: F401 - registers rules
@@ -52,6 +54,18 @@ PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 TELLING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 """Operators that put out plain values."""
+
+PLAIN = (str, bytes, int, float, complex, type, torch.dtype, torch.device, nn.Module, ModuleType, FunctionType, MethodType)
+"""What holds no tensors that a network puts out."""
+
+LIFTED = "aten.lift_fresh"
+"""The operator behind `torch.tensor`."""
+LONGEST_CONSTANT = 64
+"""Numbers of a tensor made by `torch.tensor` that are compared between runs."""
+FILLING = ("full", "full_like", "fill", "fill_", "new_full", "scalar_tensor")
+"""Operators that are given a number to fill a tensor with."""
+DECIDING = ("__bool__", "item", "__float__")
+"""Functions with which code asks a tensor for its value, to choose by it."""
 
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
@@ -111,8 +125,12 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     if not fake:
         recorder.vocabulary.refuse("the network's code looks at the values of tensors")
     try:
-        with mode or nullcontext(), torch.no_grad(), _traceable(model), recorder.watching(), recorder, recorder.functions:
-            output = torch.func.functional_call(model, state, args, kwargs)
+        with mode or nullcontext(), torch.no_grad(), _traceable(model) as changes, recorder.watching():
+            given = {id(tensor) for tensor in (*state.values(), *_reachable(args, kwargs))}
+            with recorder, recorder.functions:
+                output = torch.func.functional_call(model, state, args, kwargs)
+            handed = [tensor for tensor in changes.handed_out(args, kwargs) if id(tensor) not in given]
+            left_on = changes.left_on()
     except Exception as problem:
         if fake and any(type(cause).__name__ in DATA_DEPENDENT for cause in _causes(problem)):
             raise _LooksAtData from problem
@@ -120,7 +138,10 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             f"Tracing {type(model).__name__} stopped in {recorder.where or 'the model'}: {type(problem).__name__}: "
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
-    recorder.outputs(output)
+    recorder.outputs(output, handed)
+    recorder.decide()
+    if fake and any(id(state[name]) not in recorder.used for name in parameters):
+        _follow_training(model, recorder, state, (args, kwargs))
     for axis in _ranks(parameters):
         freeze(axis, "the rank of an adapter")
     for name, axes in (*parameters.items(), *buffers.items()):
@@ -128,6 +149,9 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             freeze([atom for axis in axes for atom in axis], "not used in the traced run")
     order = {key: place for place, key in enumerate(recorder.used)}
     names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
+    stateful = frozenset(left_on)
+    if fake and stateful:
+        stateful = _read_by_others(model, state, (args, kwargs), left_on, mode)
     run = Run(
         {name: parameters[name] for name in names},
         buffers,
@@ -142,8 +166,63 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         (args, kwargs),
         fake,
         frozenset((name, axis) for tensor, axis in recorder.spared for name, given in state.items() if given is tensor),
+        recorder.lifted,
+        stateful,
     )
     return couple(model, run)
+
+
+def _read_by_others(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    left_on: Mapping[str, Mapping[str, Any]],
+    mode: FakeTensorMode | None,
+) -> frozenset[str]:
+    """The modules whose notes of an earlier run, a counter or a cache, change what the rest of the network does."""
+
+    def log(path: str, notes: Mapping[str, Any]) -> list[Any]:
+        watch = _Log({id(module): name for name, module in model.named_modules()}, path)
+        watch.mode = mode
+        try:
+            with mode or nullcontext(), torch.no_grad(), _traceable(model), _silent(), watch.watching():
+                vars(model.get_submodule(path)).update(notes)
+                with watch:
+                    torch.func.functional_call(model, dict(state), *example)
+        except Exception as problem:
+            return [*watch.lines, repr(problem)]
+        return watch.lines
+
+    return frozenset(path for path, notes in left_on.items() if path and log(path, {}) != log(path, notes))
+
+
+def _follow_training(
+    model: nn.Module, recorder: Recorder, state: Mapping[str, Tensor], example: tuple[tuple[Any, ...], dict[str, Any]]
+) -> None:
+    """Runs the network in training mode, too: what only that mode reads is coupled with what it reads.
+
+    The run says nothing else, and one that stops counts as far as it went.
+    """
+    args, kwargs = example
+    other = Recorder({id(module): name for name, module in model.named_modules()}, fake=True)
+    other.mode = recorder.mode
+    for tensor in state.values():
+        other.parameter(tensor, recorder.known(tensor))
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    other.inputs(inputs)
+    other.vocabulary.follow(*_text(inputs, kwargs))
+    try:
+        with ExitStack() as stack:
+            for context in (recorder.mode or nullcontext(), torch.no_grad(), _traceable(model, training=True)):
+                stack.enter_context(context)
+            stack.enter_context(other.watching())
+            stack.enter_context(other)
+            stack.enter_context(other.functions)
+            output = torch.func.functional_call(model, dict(state), args, kwargs)
+        other.outputs(output)
+    except Exception as problem:  # a loss without labels, layers that are left out by chance
+        logging.getLogger(__name__).debug("in training mode the network stops: %s", problem)
+    recorder.adopt(other)
 
 
 class Replay:
@@ -293,6 +372,22 @@ class Watcher(TorchDispatchMode):
         self.where = self._path[-1] if self._path else ""
 
 
+class _Log(Watcher):
+    """Notes what runs outside of one module: operators, their numbers, and the shapes of their results."""
+
+    def __init__(self, names: Mapping[int, str], beside: str) -> None:
+        super().__init__(names)
+        self.lines: list[Any] = []
+        self._beside = beside
+
+    def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Notes one operator."""
+        if self.where == self._beside or self.where.startswith(f"{self._beside}.") or name in UNSEEN:
+            return
+        numbers = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, int | float)]
+        self.lines.append((name, self.where, [tuple(output.shape) for output in outputs], numbers))
+
+
 class Replayer(Watcher):
     """Holds every operator of a cut network against the dense run.
 
@@ -331,6 +426,10 @@ class Replayer(Watcher):
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Raises at the first operator that differs from the dense run in more than the sizes that were cut."""
+        if name == LIFTED and self.where not in self._ignored:
+            before = self._witness.lifted.get((self.where, self.turns[self.where][name]))
+            if before is not None and _small_values(args[0]) != before:
+                raise ModelError(f"a tensor is made of {before}, now of {_small_values(args[0])}: numbers that follow a size")
         if name in UNSEEN or self.where in self._ignored:
             return
         if self._bodies:
@@ -444,7 +543,7 @@ class Recorder(Watcher):
         self.tokens: dict[str, Atom] = {}
         self.vocabulary = Vocabulary()
         self.zeros = Zeros()
-        self.frames: dict[str, Frame] = {}
+        self.frames: dict[str, list[Frame]] = {}
         self._axes: dict[int, tuple[Tensor, rules.Axes]] = {}
         self._numbers: dict[int, Axis] = {}
         self._values: dict[int, int] = {}
@@ -459,10 +558,18 @@ class Recorder(Watcher):
         self._masks: dict[int, tuple[Axis, int]] = {}
         self.spared: list[tuple[Tensor, int]] = []
         self._effects: dict[int, list[Callable[[], Any]]] = {}
+        self.lifted: dict[tuple[str, int], tuple[Any, ...]] = {}
+        self._decisions: list[tuple[int, str]] = []
 
-    def parameter(self, tensor: Tensor) -> rules.Axes:
-        """Gives a parameter axes of its own."""
-        axes = [fresh(size) for size in tensor.shape]
+    def adopt(self, other: Recorder) -> None:
+        """Takes over what another run over the same parameters shows of those that this one did not use."""
+        self.used.update(other.used)
+        self.statistics = {**other.statistics, **self.statistics}
+        self.contests = {**other.contests, **self.contests}
+
+    def parameter(self, tensor: Tensor, axes: rules.Axes | None = None) -> rules.Axes:
+        """Gives a parameter axes of its own, or those that it has in another run."""
+        axes = [fresh(size) for size in tensor.shape] if axes is None else axes
         self._axes[id(tensor)] = (tensor, axes)
         self.zeros.masked(tensor, axes)
         return axes
@@ -493,10 +600,17 @@ class Recorder(Watcher):
             while effects:
                 effects.pop()()
 
-    def outputs(self, value: Any) -> None:
-        """Keeps whole whatever the network puts out, but for the positions of logits that go with rows of the vocabulary."""
+    def outputs(self, value: Any, handed: Sequence[Tensor] = ()) -> None:
+        """Keeps whole whatever the network puts out, but for the positions of logits that go with rows of the vocabulary.
+
+        `handed` are tensors that it left elsewhere: in containers that it was given, or as attributes.
+        """
         self._forget()
-        tensors = _tensors(value)
+        out = _reachable(value)
+        tensors = [*out, *(tensor for tensor in handed if id(tensor) in self._axes)]
+        for tensor in tensors:
+            if (numbers := self._numbers.get(id(tensor))) is not None:
+                freeze(numbers, "numbers of positions are put out by the network")
         self.read(*tensors)
         self.flow.results.update(number for tensor in tensors for number in self._values_of(tensor))
         if any(self.vocabulary.holds(tensor) for tensor in tensors):
@@ -545,6 +659,8 @@ class Recorder(Watcher):
                 self.zeros.chosen(tensor, axes, call.chosen[id(tensor)])
         given = tuple(self._values[id(tensor)] for tensor in outputs)
         self.flow.steps.append(Step(name, taken, given, tuple(found[0]), len(self.contractions) > contractions))
+        if name == LIFTED and (values := _small_values(args[0])) is not None:
+            self.lifted[self.where, self.turns[self.where][name]] = values
         if name not in UNSEEN:
             self._begin_row(args)
             self._take_apart(name, args, outputs)
@@ -560,6 +676,8 @@ class Recorder(Watcher):
     def told(self, args: tuple[Any, ...], value: Any) -> None:
         """Numbers of positions that become plain numbers: indexing has read them to pick these positions, or they are lost."""
         self._begin_row(args)
+        if self.functions.running in DECIDING and not self._fake:
+            self._decisions.append((len(self.flow.steps), self.where))
         self.read(*_tensors(args))
         numbers = next((self._numbers[id(given)] for given in _tensors(args) if id(given) in self._numbers), None)
         if numbers is None:
@@ -568,6 +686,17 @@ class Recorder(Watcher):
         self._told = rules.Told(numbers, value)
         if self.functions.running != "__getitem__":
             self._forget()
+
+    def decide(self) -> None:
+        """Keeps whole what lives across a choice by a value, since only one way of it was seen: the other may see all of it."""
+        made = {value: number for number, step in enumerate(self.flow.steps) for value in step.given}
+        last = dict(self.flow.last_use) | dict.fromkeys(self.flow.results, len(self.flow.steps))
+        for step, where in self._decisions:
+            reason = f"code in {where or 'the model'} looks at a value, and one of its ways was seen"
+            for key, value in self._values.items():
+                if made.get(value, step) < step <= last.get(value, -1) and key in self._axes:
+                    for axis in self._axes[key][1]:
+                        freeze(axis, reason)
 
     def _forget(self) -> None:
         """Keeps whole what a number counts that nothing has picked."""
@@ -614,7 +743,7 @@ class Recorder(Watcher):
 
     def left(self, path: str, inputs: Any, output: Any) -> None:
         """Notes what went into a module and what came out."""
-        self.frames[path] = self._frame(inputs, output)
+        self.frames.setdefault(path, []).append(self._frame(inputs, output))
         entering, leaving = _tensors(inputs), _tensors(output)
         self.flow.visits.append(
             Visit(
@@ -649,8 +778,17 @@ def _returns(output: Any) -> int:
 
 def _constants(args: tuple[Any, ...], kwargs: dict[str, Any], func: Any) -> tuple[float, ...]:
     """The numbers that an operator computes with: of element-wise ones all, of others those that are no sizes."""
-    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
+    numeric = torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in FILLING
+    kinds = (int, float) if numeric else (float,)
     return tuple(value for value in (*args, *kwargs.values()) if type(value) in kinds)
+
+
+def _small_values(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What a tensor that code made of plain numbers holds; None for long ones and for those that have no values."""
+    if tensor.numel() > LONGEST_CONSTANT or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return None
+    with _disable_current_modes():
+        return tuple(tensor.flatten().tolist())
 
 
 def _is_text(tensor: Tensor) -> bool:
@@ -695,6 +833,39 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _reachable(*values: Any) -> list[Tensor]:
+    """Every tensor inside nested containers and plain objects: data classes, namespaces, records."""
+    found: dict[int, Tensor] = {}
+    known: set[int] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), _unwrapped(value))
+            continue
+        if id(value) in known or isinstance(value, PLAIN):
+            continue
+        known.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += reversed(list(value.values()))
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            waiting += reversed(list(value))
+        waiting += reversed(list(_fields(value).values()))
+    return list(found.values())
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    """What an object holds under names; nothing of classes, functions and modules."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    held = {name: getattr(value, name, None) for name in slots}
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
@@ -760,30 +931,114 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _Changes:
+    """What a network notes on itself while it runs: attributes, tables, fields of its configuration; all of it is undone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = [(name, vars(module)) for name, module in model.named_modules()]
+        found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+        self._configs = [vars(config) for config in found.values() if hasattr(config, "__dict__")]
+        own = [values for _, values in self._modules]
+        tables = [value for values in own for value in values.values() if isinstance(value, dict)]
+        self._before = [(values, dict(values)) for values in (*own, *self._configs, *tables)]
+        self._started: dict[str, dict[str, Any]] = {}
+
+    def start(self) -> None:
+        """The run begins."""
+        self._started = {name: dict(values) for name, values in self._modules}
+
+    def handed_out(self, *given: Any) -> list[Tensor]:
+        """Tensors in containers that the network was given, and those that it noted as attributes."""
+        attributes = [value for name, values in self._modules for value in self._noted(name, values).values()]
+        return _reachable(*given, *attributes)
+
+    def left_on(self) -> dict[str, dict[str, Any]]:
+        """What the run left on modules in the place of what it found there: counters, caches."""
+        noted = {name: self._noted(name, values) for name, values in self._modules}
+        return {name: values for name, values in noted.items() if values}
+
+    def _noted(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        before = self._started.get(name, {})
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in TABLES_OF_MODULES and "warn" not in key and not _is_same(before.get(key, _MISSING), value)
+        }
+
+    def undo(self) -> None:
+        """Puts everything back that is not as it was; what was not changed is not written, for it may not be writable."""
+        for values, fields in self._before:
+            if values.keys() != fields.keys() or any(values[name] is not fields[name] for name in fields):
+                values.clear()
+                values.update(fields)
+
+
+_MISSING = object()
+TABLES_OF_MODULES = ("_parameters", "_buffers", "_modules", "_flat_weights", "training")
+"""Attributes of modules that torch changes itself while a network is called with other weights."""
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    return before is after or (type(before) is type(after) and isinstance(after, int | float | str) and before == after)
+
+
 @contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the implementations that fake tensors can run; everything as it was afterwards."""
-    parts = [(vars(module), dict(vars(module))) for module in model.modules()]
-    tables = [(value, dict(value)) for _, values in parts for value in values.values() if isinstance(value, dict)]
-    found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    before = [(vars(config), dict(vars(config))) for config in found.values() if hasattr(config, "__dict__")]
-    model.train()  # what networks keep from one evaluation to the next is dropped
-    model.eval()
-    for module in model.modules():
-        if hasattr(module, PADDING_WARNING):
-            vars(module)[PADDING_WARNING] = lambda *args, **kwargs: None
-    for values, _ in before:
-        if EXPERTS in values:
-            values[EXPERTS] = "batched_mm"
+def _traceable(model: nn.Module, *, training: bool = False) -> Iterator[_Changes]:
+    """Evaluation mode, or that of training, and the implementations that fake tensors can run; all as it was afterwards."""
+    changes = _Changes(model)
+    keeper = Unwritten(model)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time(), torch.compiler.set_stance("force_eager"):
-            yield
+        with _disable_current_modes(), keeper, torch.no_grad():
+            model.train()  # what networks keep from one evaluation to the next is dropped
+            if not training:
+                model.eval()
+        for module in model.modules():
+            if hasattr(module, PADDING_WARNING):
+                vars(module)[PADDING_WARNING] = lambda *args, **kwargs: None
+        for values in changes._configs:
+            if EXPERTS in values:
+                values[EXPERTS] = "batched_mm"
+        changes.start()
+        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time(), torch.compiler.set_stance("force_eager"), keeper:
+            yield changes
     finally:
-        for values, fields in (*before, *parts, *tables):  # some networks note on themselves that they have run, or hang up hooks
-            values.clear()
-            values.update(fields)
+        changes.undo()
+        keeper.undo()
         for module in model.modules():
             _without_history(module)
+
+
+class Unwritten(TorchDispatchMode):
+    """Notes what is written into the weights and buffers of a network, and puts it back."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
+            self._state = [(tensor, tensor.data) for _, tensor in _state(model)]
+        self._own = {memory(data): data for _, data in self._state if not data.is_sparse}
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs one operator; before the first that writes into a weight, its values are kept."""
+        if not isinstance(func, HigherOrderOperator) and func._schema.is_mutable:
+            for tensor in _tensors([args, kwargs or {}]):
+                if type(tensor) is not FakeTensor and (number := memory(tensor)) in self._own and number not in self._written:
+                    with _disable_current_modes():
+                        self._written[number] = (self._own[number], self._own[number].clone())
+        return func(*args, **kwargs or {})
+
+    def undo(self) -> None:
+        """Gives every tensor the memory and the values that it had."""
+        with _disable_current_modes(), torch.no_grad():
+            for tensor, data in self._state:
+                if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                    tensor.data = data
+            for data, values in self._written.values():
+                data.copy_(values)
+        self._written.clear()
 
 
 def _without_history(module: nn.Module) -> None:

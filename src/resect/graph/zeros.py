@@ -25,6 +25,16 @@ ZERO_AT_ZERO = frozenset(
 )
 """Operators of one tensor, or with another that only scales it, that put out zero along an axis where they take in zero."""
 
+MOVES = frozenset(
+    f"aten.{name}"
+    for name in ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "detach", "alias", "clone", "_to_copy")
+    + ("unsqueeze", "squeeze")
+)
+"""Operators that put out all that they take in, perhaps in another order."""
+LOOKED_UP = ("aten.index", "aten.index_select", "aten.gather", "aten.embedding")
+"""Operators that pick along some axes; along the others they put out zero where they take in zero."""
+NORMS = {"aten.native_layer_norm": 2, "aten._fused_rms_norm": 2, "aten.rms_norm": 2}
+"""Normalisations, and where their weight stands, the bias behind it."""
 TERMS = ("aten.add", "aten.sub")
 FACTORS = ("aten.mul",)
 PRODUCTS = ("aten.mm", "aten.bmm")
@@ -39,22 +49,30 @@ class Zeros:
 
     def __init__(self) -> None:
         self._known: dict[int, frozenset[Atom]] = {}
+        self._everywhere: set[int] = set()
         self._nothing: set[int] = set()
         self._views: dict[int, set[int]] = {}
 
     def masked(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Notes a parameter: masking puts zeros into it, along every axis."""
+        self._everywhere.add(id(tensor))
         self._note(tensor, _once(axes, [atom for axis in axes for atom in axis]))
 
     def wrote(self, tensor: Tensor) -> None:
         """Notes that a tensor was written into: nothing is known of it and of its other views any more."""
         for view in self._views.pop(memory(tensor), ()):
             self._known.pop(view, None)
+            self._everywhere.discard(view)
             self._nothing.discard(view)
 
     def along(self, tensor: Any, axes: Sequence[Axis]) -> frozenset[Atom]:
         """The leaves at whose masked units a tensor is zero."""
         return _once(axes, self._known.get(id(tensor), ()))
+
+    def along_axis(self, tensor: Tensor, axes: Sequence[Axis], place: int) -> frozenset[Atom]:
+        """The leaves of one axis at whose masked units a tensor is zero; a weight is, though the leaf lies under two axes."""
+        found = frozenset(below(axes[place]))
+        return found if id(tensor) in self._everywhere else found & self.along(tensor, axes)
 
     def nothing(self, tensor: Tensor) -> bool:
         """Whether a tensor is zero all over."""
@@ -76,8 +94,14 @@ class Zeros:
             return along(place) & _leaves(left[:-1]) | along(place + 1) & _leaves([*right[:-2], right[-1]])
 
         found: frozenset[Atom] = frozenset()
-        if name in ZERO_AT_ZERO or (name in MORE and not isinstance(args[1], Tensor) and args[1] >= 0):
+        if name in ZERO_AT_ZERO or (name in MORE and not isinstance(args[1], Tensor) and args[1] >= 0) or name in LOOKED_UP:
             found = along(0)
+        elif name in NORMS:
+            weight, bias = ((*args, None, None)[NORMS[name] + place] for place in (0, 1))
+            if isinstance(weight, Tensor):
+                found = along(NORMS[name])
+            if name == "aten.native_layer_norm" and isinstance(bias, Tensor):
+                found &= along(NORMS[name] + 1)
         elif name in FACTORS:
             found = along(0) | along(1)
         elif name in TERMS:
@@ -92,6 +116,8 @@ class Zeros:
             passed = along(0) & _leaves(axes_of(args[0])[:-1]) if name == "aten.linear" else frozenset()
             found = own | passed if bias is None else own & along(2)
         for tensor, axes in outputs:
+            if name in MOVES and id(args[0]) in self._everywhere:
+                self._everywhere.add(id(tensor))
             if found:
                 self._note(tensor, _once(axes, found))
             if name in NOTHING:

@@ -153,7 +153,7 @@ def bytes_cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:
 
 def _amount(kind: str, size: str) -> int | None:
     """The bytes of `200MB`, the parameters of `1.5B` or `250000`; None for a plain share."""
-    found = re.fullmatch(r"(\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)", size)
+    found = re.fullmatch(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([A-Za-z]*)", size)
     if not found or kind == "latency":
         return None
     if not found[2] and (kind == "bytes" or "." in size or int(size) <= 1):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, chain, pairwise
 from math import ceil, inf, lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def select(
     return _plan(ladders, scores, taken)
 
 
-def aligned(align: Align) -> dict[str, int]:
+def aligned(align: Any) -> dict[str, int]:
     """What the units of each kind that stay are a multiple of; `UsageError` for what is no multiple of a kind's."""
     if not isinstance(align, Mapping):
         return dict.fromkeys(ALIGNED, whole("align", align))

@@ -61,6 +61,9 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
     lost = list(changed(graph, plan))
     groups = [(group, len(keep)) for group, keep in lost]
     found = _layer_sizes(model, shapes)
+    padded = _padding_rows(model, graph, plan)
+    for path, values in padded.items():
+        found.setdefault(path, {}).update(values)
     counted = (_expert_counts(model, groups), group_counts(model, graph, plan), _normalised_shapes(model, graph, groups))
     for path, values in (item for attributes in counted for item in attributes.items()):
         found.setdefault(path, {}).update(values)
@@ -78,7 +81,11 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
             f"sizes ({search.problem}). Leave out {kinds} of this model, or keep that module whole.",
             near,
         )
-    return solved
+    solved = search.with_namesakes(solved, found)
+    return {
+        path: {name: value for name, value in values.items() if name not in padded.get(path, {})}
+        for path, values in solved.items()
+    }
 
 
 @dataclass
@@ -121,6 +128,27 @@ class Search:
             if solved is not None or self.limit == TORN:
                 return solved
         return None
+
+    def with_namesakes(self, solved: Attributes, sizes: Attributes) -> Attributes:
+        """Beside each number that had to follow, those of its module that had the same value under a like name.
+
+        They may be read where the example does not go: when a cache is set up, say. `heads` and `kv_heads` are alike.
+        `sizes` are what layers note of their weights, which is not searched for.
+        """
+        for path, values in solved.items():
+            module = self.model.get_submodule(path)
+            own = {name: value for name, value in values.items() if name not in sizes.get(path, {})}
+            for name, new in own.items():
+                old = getattr(module, name, None)
+                alike = [
+                    other
+                    for other, value in _integers(module)
+                    if other not in solved[path] and value == old and _last_word(other) == _last_word(name)
+                ]
+                for other in alike:
+                    trial = {**solved, path: {**solved[path], other: new}}
+                    solved = trial if self.run(trial)[0] == inf else solved
+        return solved
 
     def _solve(self, found: Attributes, reached: float, where: str, most: int) -> Attributes | None:
         if reached == inf:
@@ -236,14 +264,25 @@ def _layer_sizes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Attribute
     return found
 
 
+def _padding_rows(model: nn.Module, graph: Graph, plan: Plan) -> Attributes:
+    """The rows of padding under their new numbers; 0 stands for one that is gone, for the replay, which looks nothing up."""
+    found: Attributes = {}
+    for name, axes in kept_positions(graph, plan).items():
+        path, _, leaf = name.rpartition(".")
+        padding = getattr(model.get_submodule(path), "padding_idx", None)
+        if leaf == "weight" and 0 in axes and type(padding) is int and padding >= 0:
+            found[path] = {"padding_idx": int((axes[0] < padding).sum()) if padding in axes[0] else 0}
+    return found
+
+
 def _normalised_shapes(model: nn.Module, graph: Graph, groups: list[tuple[Group, int]]) -> Attributes:
     """The shape that a normalisation without weights insists on."""
     counts = {group.name: count for group, count in groups}
     kept = {atom: counts.get(name, atom.size) for atom, name in graph.witness.groups.items()}
     found: Attributes = {}
-    for path, frame in graph.witness.frames.items():
+    for path, calls in graph.witness.frames.items():
         module = model.get_submodule(path)
-        over = frame.entering[0][-1:]
+        over = calls[-1].entering[0][-1:]
         if tuple(getattr(module, "normalized_shape", ())) == tuple(map(length, over)) and not list(module.parameters()):
             found[path] = {"normalized_shape": [kept_length(axis, kept) for axis in over]}
     return found
@@ -320,6 +359,10 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
         for name, value in config.to_dict().items():
             if type(value) is int and value > 0:
                 yield f"config.{name}", value
+
+
+def _last_word(name: str) -> str:
+    return name.rpartition(".")[2].rpartition("_")[2]
 
 
 def _census(model: nn.Module, blocks: Blocks) -> Census:

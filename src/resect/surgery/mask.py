@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from resect.graph import Contest, Graph, Watcher, trace
+from resect.graph import Contest, Frame, Graph, Watcher, trace
 from resect.graph.atoms import Axis, coordinates, length
 from resect.plan import Plan
 from resect.surgery.attributes import group_counts
@@ -54,21 +56,26 @@ def masked(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Iterator
 
 
 def _apply(model: nn.Module, plan: Plan, graph: Graph) -> list[RemovableHandle]:
+    """Zeros in place, and hooks that run before those of others: what these see is the masked network."""
     forget(model)
     parameters = tensors(model)
-    narrowed = [
-        _narrow(model, path, graph, plan)
+    narrowed = {
+        path: _narrowed(model, path, graph, plan)
         for path in dict.fromkeys(path for group, _ in changed(graph, plan) for path in group.mixed)
-    ]
+        if path in graph.witness.frames  # others run in training alone
+    }
     with torch.no_grad():
         for name, index in _gone(graph, plan):
             parameters[name][index] = 0
-    skipped = [
-        model.get_submodule(path).register_forward_hook(_hand_on, with_kwargs=True) for path in removed_blocks(graph, plan)
-    ]
     silenced = [one.silences[0].path for one in removed_sublayers(graph, plan)]
-    quiet = [model.get_submodule(path).register_forward_hook(_put_out_zeros) for path in silenced]
-    return [*narrowed, *_losing(model, graph, plan), *skipped, *quiet]
+    hooks: list[tuple[str, Hook]] = [(path, _put_out_zeros) for path in silenced]
+    hooks += [(path, _hand_on) for path in removed_blocks(graph, plan)]
+    hooks += narrowed.items()
+    # The last one of a module that is registered runs first.
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook, with_kwargs=True, prepend=True) for path, hook in hooks
+    ]
+    return [*handles, *_losing(model, graph, plan)]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -77,6 +84,8 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 Index = tuple[Tensor | slice, ...]
+Hook = Callable[[nn.Module, Any, Any, Any], Any]
+"""Takes a module, its positional and named arguments, and what it put out."""
 
 
 def _gone(graph: Graph, plan: Plan) -> Iterator[tuple[str, Index]]:
@@ -97,7 +106,7 @@ def _hand_on(block: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any
     return taken if isinstance(output, Tensor) else (taken, *output[1:])
 
 
-def _put_out_zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _put_out_zeros(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> Any:
     """A removed sub-layer adds nothing."""
     return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
 
@@ -145,25 +154,46 @@ class Losing(Watcher):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _narrow(model: nn.Module, path: str, graph: Graph, plan: Plan) -> RemovableHandle:
-    """Makes a normalisation compute over the positions that stay, and put zeros elsewhere."""
-    frame = graph.witness.frames[path]
+def _narrowed(model: nn.Module, path: str, graph: Graph, plan: Plan) -> Hook:
+    """A hook that makes a normalisation compute over the positions that stay, and put zeros elsewhere, call by call."""
     lost = {group.name: missing(group.units, keep) for group, keep in changed(graph, plan)}
-    entering, leaving = ([_staying(axes, graph, lost) for axes in given] for given in (frame.entering, frame.leaving))
-    sizes = {
-        length(axes[place]): len(stays)
-        for axes, keep in zip(frame.entering, entering, strict=True)
-        for place, stays in keep.items()
-    }
-    small = _small(model, path, graph, plan, sizes)
+    calls = [_Narrowed.of(model, path, graph, plan, frame, lost) for frame in graph.witness.frames[path]]
+    turns = count()
 
-    def narrow(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+    def narrow(_: nn.Module, inputs: Any, keywords: Any, output: Any) -> Any:
+        return calls[next(turns) % len(calls)](inputs, keywords, output)
+
+    return narrow
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """One call of a normalisation: what stays of the axes that it takes in and puts out, and a copy that computes over it."""
+
+    small: nn.Module
+    entering: list[dict[int, Tensor]]
+    leaving: list[dict[int, Tensor]]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, path: str, graph: Graph, plan: Plan, frame: Frame, lost: Mapping[str, Tensor]
+    ) -> _Narrowed:
+        entering, leaving = ([_staying(axes, graph, lost) for axes in given] for given in (frame.entering, frame.leaving))
+        sizes = {
+            length(axes[place]): len(stays)
+            for axes, keep in zip(frame.entering, entering, strict=True)
+            for place, stays in keep.items()
+        }
+        return cls(_small(model, path, graph, plan, sizes), entering, leaving)
+
+    def __call__(self, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if not any(self.entering) and not any(self.leaving):
+            return output
         values, structure = tree_flatten((inputs, keywords))
-        taken, named = tree_unflatten(map(_taken, values, entering), structure)
+        taken, named = tree_unflatten(map(_taken, values, self.entering), structure)
         whole, structure = tree_flatten(output)
-        return tree_unflatten(map(_scattered, tree_leaves(small(*taken, **named)), leaving, whole), structure)
-
-    return model.get_submodule(path).register_forward_hook(narrow, with_kwargs=True)
+        small = tree_leaves(self.small(*taken, **named))
+        return tree_unflatten(map(_scattered, small, self.leaving, whole), structure)
 
 
 def _small(model: nn.Module, path: str, graph: Graph, plan: Plan, sizes: Mapping[int, int]) -> nn.Module:

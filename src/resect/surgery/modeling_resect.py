@@ -13,6 +13,7 @@ code, cut to the record's sizes while it is still empty, and then filled with th
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -70,6 +72,7 @@ def resize(model: nn.Module, record: Record) -> nn.Module:
     record = _localized(model, record)
     _set_shapes(model, _with_tied(model, record["shapes"]))
     set_attributes(model, record["attributes"])
+    _count_channels(model)
     for name, counts in record["gathered"].items():
         put(model, name, _gathered(_submodule(model, name, name), name, **counts))
     remove(model, record["silent"], record["removed"])
@@ -370,6 +373,14 @@ def followers(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> dict
     return values
 
 
+def _count_channels(model: nn.Module) -> None:
+    """Channels in and out of convolutions as their weights have them; of transposed ones the weight is [in, out / groups]."""
+    for module in model.modules():
+        if isinstance(module, _ConvNd) and isinstance(getattr(module, "weight", None), torch.Tensor):
+            outer, inner = module.weight.shape[0], module.weight.shape[1] * module.groups
+            module.in_channels, module.out_channels = (outer, inner) if module.transposed else (inner, outer)
+
+
 def _set_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     """Every tensor named takes its new shape, in all the places where it is tied."""
     for name, shape in shapes.items():
@@ -406,21 +417,53 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
                 setattr(module, name, tuple(value) if isinstance(getattr(module, name, None), tuple) else value)
 
 
-class Silent(nn.Module):
-    """Stands where a sub-layer was and puts out zeros, as wide as what it put out.
+class Shell(nn.Module):
+    """What is left of a module that is gone: the numbers noted on it, its methods, and its parts, all without weights.
 
-    Others may read the numbers that were noted on it, and the dtype of its weights, so those stay.
+    Others may read the numbers, ask a weight for its dtype, or call a method that computes nothing, like one that resets
+    a counter.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        noted = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
+        vars(self).update(noted, _gone=type(module))
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_buffer(name, parameter.new_empty(0), persistent=False)
+        for name, child in module.named_children():
+            self.add_module(name, _shell(child))
+
+    def __getattr__(self, name: str) -> Any:
+        """What `Module` finds, else the method or property of the class that is gone."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = self.__dict__.get("_gone")
+            if kind is None or name.startswith("__") or not hasattr(kind, name):
+                raise
+            found = inspect.getattr_static(kind, name)
+            return found.__get__(self, kind) if hasattr(found, "__get__") else found
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """The shell of a module; lists and mappings of modules stay what they are."""
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        parts = [_shell(child) for child in module]
+        return nn.ModuleList(parts) if isinstance(module, nn.ModuleList) else nn.Sequential(*parts)
+    if isinstance(module, nn.ModuleDict):
+        return nn.ModuleDict({name: _shell(child) for name, child in module.items()})
+    return Shell(module)
+
+
+class Silent(Shell):
+    """Stands where a sub-layer was and puts out zeros, as wide as what it put out."""
 
     width: int
     returns: int
 
     def __init__(self, module: nn.Module, *, width: int, returns: int) -> None:
-        super().__init__()
-        noted = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
-        vars(self).update(noted, width=width, returns=returns)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_buffer(name, parameter.new_empty(0), persistent=False)
+        super().__init__(module)
+        vars(self).update(width=width, returns=returns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros [..., width], in a tuple of as many items as there were."""
