@@ -136,14 +136,16 @@ class TestOutputs:
 
 class TestProducts:
     @pytest.mark.parametrize(
-        "bend", [torch.sigmoid, torch.cos, F.softplus, torch.exp, lambda t: F.elu(t) + 1], ids=str
+        "bend",
+        [torch.sigmoid, torch.cos, F.softplus, torch.exp, lambda t: F.elu(t) + 1],
+        ids=["sigmoid", "cos", "softplus", "exp", "elu + 1"],
     )
     def test_of_two_that_are_not_zero_where_masked(self, bend: Callable[[Tensor], Tensor]) -> None:
         net = towers(lambda self, q, k: bend(q) @ bend(k).t())
         assert agrees(net, rows(), rows(7))
         assert not resect.trace(net, (rows(), rows(7))).groups
 
-    @pytest.mark.parametrize("bend", [torch.relu, torch.tanh, F.silu, lambda t: t], ids=str)
+    @pytest.mark.parametrize("bend", [torch.relu, torch.tanh, F.silu, lambda t: t], ids=["relu", "tanh", "silu", "none"])
     def test_of_two_that_are(self, bend: Callable[[Tensor], Tensor]) -> None:
         net = towers(lambda self, q, k: bend(q) @ bend(k).t())
         assert [group.units for group in resect.trace(net, (rows(), rows(7))).groups] == [32]
