@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import resect
 from resect.errors import ModelError
 from resect.graph import Graph
 from resect.plan import Kept, Plan
+from resect.surgery.modeling_resect import resize
 from tests.graph.test_operators import Net, rows, without_a_third, words
 
 
@@ -418,3 +420,89 @@ def test_convolutions_tell_their_channels() -> None:
     resect.cut(net, without_a_third(graph), graph)
     layers: list[Any] = [net[0], net[2], net[3]]
     assert [(layer.in_channels, layer.out_channels) for layer in layers] == [(16, 11), (11, 11), (11, 3)]
+
+
+class TestNumbersInsideOthers:
+    @dataclasses.dataclass(frozen=True)
+    class Shape:
+        n: int = 4
+
+    @pytest.mark.parametrize(
+        "holder",
+        [{"n": 4}, (("n", 4),), [("n", 4)], Shape(), types.SimpleNamespace(n=4)],
+        ids=["mapping", "pairs", "list of pairs", "record", "namespace"],
+    )
+    def test_follow_a_cut_and_are_copied(self, holder: Any) -> None:
+        net = split_by(Split(holder))
+        (heads,) = resect.trace(net, (words(),)).of_kind("heads")
+        expected = copy.deepcopy(holder)
+        small = cut_heads(net)
+        assert number_in(small.get_submodule("split").holder) == 2
+        assert holder == expected, "shared with others, and not ours to change"
+        assert heads.units == 4
+
+    def test_of_a_partial_function(self) -> None:
+        small: Any = cut_heads(split_by(functools.partial(lambda x, n: x.unflatten(-1, (n, -1)).transpose(1, 2), n=4)))
+        assert small.split.keywords == {"n": 2}
+
+    @pytest.mark.parametrize("name", ["holder/m", "holder/0", "holder/n/x", "nothing/n", "holder/__class__"])
+    def test_a_record_of_another_model_is_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="record"):
+            resize(split_by(Split({"n": 4})), {**EMPTY, "attributes": {"split": {name: 2}}})
+
+
+EMPTY: dict[str, Any] = {"shapes": {}, "attributes": {}, "silent": {}, "gathered": {}, "removed": []}
+
+
+class Split(nn.Module):
+    """Heads by a number that is held inside something."""
+
+    def __init__(self, holder: Any) -> None:
+        super().__init__()
+        self.holder = holder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (number_in(self.holder), -1)).transpose(1, 2)
+
+
+def number_in(holder: Any) -> int:
+    """The number inside any of these holders."""
+    number: int = dict(holder)["n"] if isinstance(holder, dict | tuple | list) else holder.n
+    return number
+
+
+def split_by(split: Any) -> nn.Module:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        q, k, v = map(self.split, self.qkv(x).chunk(3, -1))
+        return self.c(x + self.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    net = Net(forward, e=nn.Embedding(31, 24), qkv=nn.Linear(24, 96), o=nn.Linear(32, 24), c=nn.Linear(24, 5))
+    net.split = split
+    return net.double()
+
+
+def cut_heads(net: nn.Module) -> nn.Module:
+    """Without the first and the last of four heads; held against the mask."""
+    graph = resect.trace(net, (words(),))
+    (heads,) = graph.of_kind("heads")
+    plan = Plan(groups={heads.name: Kept(kind="heads", layer=heads.layer, units=4, keep=(1, 2))})
+    with resect.masked(net, plan, graph):
+        expected = net(words())
+    small = resect.cut(net, plan, graph)
+    torch.testing.assert_close(small(words()), expected)
+    return small
+
+
+@pytest.mark.parametrize("written", ["sum", "mean of squares"])
+def test_sums_over_what_is_zero_where_it_is_masked(written: str) -> None:
+    if written == "sum":
+        net = towers(lambda self, q, k: (q * k).sum(-1))
+        inputs, wanted = (rows(), rows(7)), [32]
+    else:
+        norm: Callable[[Tensor], Tensor] = lambda w: w * torch.rsqrt(w.pow(2).sum(1, keepdim=True) + 1e-8)  # noqa: E731
+        parts = {"i": nn.Linear(9, 16), "w": nn.Linear(16, 20, bias=False), "o": nn.Linear(20, 5)}
+        net = Net(lambda self, x: self.o(F.linear(self.i(x), norm(self.w.weight))), **parts).double()
+        inputs, wanted = (rows(),), [16, 20]  # type: ignore[assignment]
+    assert sorted(group.units for group in resect.trace(net, inputs).groups) == wanted
+    assert agrees(net, *inputs)

@@ -974,12 +974,13 @@ def _is_order(order: Any) -> bool:
 
 @op_rule("aten.sum")
 def total(call: Call) -> list[Axes]:
-    """A sum over an axis, which is kept whole, but for units that are chosen by number and add zero where they are masked."""
+    """A sum over an axis, which is kept whole but for units that add zero where they are masked."""
     axes, reason = _input(call), f"reduced over at {call.site}"
-    zero = call.zeros.along(call.args[0], axes)
+    zero = frozenset[Atom]().union(*(_zero_on(call, 0, place) for place in range(len(axes))))
 
     def note(axis: Axis) -> None:
-        freeze([leaf for leaf in below(axis) if leaf not in zero or "chosen" not in leaf.marks], reason)
+        known = {root(leaf) for atom in zero for leaf in below((atom,))}
+        freeze([leaf for leaf in below(axis) if leaf not in known], reason)
         mark(axis, label="summed")
 
     return _reduce(call, axes, call.arg(1, "dim"), note)

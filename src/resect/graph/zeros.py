@@ -31,6 +31,7 @@ MOVES = frozenset(
     + ("unsqueeze", "squeeze")
 )
 """Operators that put out all that they take in, perhaps in another order."""
+POWERS = ("aten.pow",)
 LOOKED_UP = ("aten.index", "aten.index_select", "aten.gather", "aten.embedding")
 """Operators that pick along some axes; along the others they put out zero where they take in zero."""
 NORMS = {"aten.native_layer_norm": 2, "aten._fused_rms_norm": 2, "aten.rms_norm": 2}
@@ -94,7 +95,7 @@ class Zeros:
             return along(place) & _leaves(left[:-1]) | along(place + 1) & _leaves([*right[:-2], right[-1]])
 
         found: frozenset[Atom] = frozenset()
-        if name in ZERO_AT_ZERO or (name in MORE and not isinstance(args[1], Tensor) and args[1] >= 0) or name in LOOKED_UP:
+        if name in ZERO_AT_ZERO or name in LOOKED_UP or _is_zero_at_zero(name, args):
             found = along(0)
         elif name in NORMS:
             weight, bias = ((*args, None, None)[NORMS[name] + place] for place in (0, 1))
@@ -127,6 +128,13 @@ class Zeros:
     def _note(self, tensor: Tensor, found: frozenset[Atom]) -> None:
         self._known[id(tensor)] = found
         self._views.setdefault(memory(tensor), set()).add(id(tensor))
+
+
+def _is_zero_at_zero(name: str, args: Sequence[Any]) -> bool:
+    """Whether a comparison or a power with this number puts out zero where it takes in zero."""
+    if name not in (*MORE, *POWERS) or isinstance(args[1], Tensor):
+        return False
+    return bool(args[1] >= 0 if name in MORE else args[1] > 0)
 
 
 def memory(tensor: Tensor) -> int:

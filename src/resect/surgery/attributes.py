@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from itertools import combinations, islice, product
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -21,13 +23,17 @@ from torch import nn
 from resect.errors import ModelError
 from resect.graph import Blocks, Graph, Group, Replay, kept_length, length
 from resect.plan import Plan
-from resect.surgery.modeling_resect import followers, set_attributes
+from resect.surgery.modeling_resect import INSIDE, followers, set_attributes
 from resect.surgery.positions import changed, kept_positions
 
 Attributes = dict[str, dict[str, Any]]
 Census = dict[type[nn.Module], list[tuple[str, int | None, nn.Module, dict[str, int]]]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
+DEEPEST, MOST_HELD = 3, 64
+"""How deep numbers are looked for inside what a module holds, and among how many things in one place."""
+TABLES = ("_parameters", "_buffers", "_modules", "config", "generation_config")
+"""What a module holds under its own names that is looked into elsewhere, or not at all."""
 GROUPS = ("groups", "num_groups")
 """Attributes that say into how many groups of channels the leading axis of a weight falls."""
 OPERATORS = 150_000
@@ -138,11 +144,12 @@ class Search:
         for path, values in solved.items():
             module = self.model.get_submodule(path)
             own = {name: value for name, value in values.items() if name not in sizes.get(path, {})}
+            numbers = dict(_integers(module))
             for name, new in own.items():
-                old = getattr(module, name, None)
+                old = numbers.get(name)
                 alike = [
                     other
-                    for other, value in _integers(module)
+                    for other, value in numbers.items()
                     if other not in solved[path] and value == old and _last_word(other) == _last_word(name)
                 ]
                 for other in alike:
@@ -351,9 +358,12 @@ def _concerns(group: Group, module: nn.Module, where: str) -> bool:
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The numbers that a module keeps, by name: its own, those inside what it holds, and those of its configuration."""
     for name, value in vars(module).items():
         if type(value) is int and value > 0:
             yield name, value
+        elif name not in TABLES and INSIDE not in name:
+            yield from _inside(name, value, DEEPEST)
     config = getattr(module, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         for name, value in config.to_dict().items():
@@ -361,8 +371,31 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"config.{name}", value
 
 
+def _inside(name: str, holder: Any, depth: int) -> Iterator[tuple[str, int]]:
+    """The numbers inside a mapping, a sequence, a partial function or a plain object, by the keys that lead to them."""
+    for key, value in islice(_held(holder), MOST_HELD) if depth else ():
+        where = f"{name}{INSIDE}{key}"
+        if type(value) is int and value > 0:
+            yield where, value
+        else:
+            yield from _inside(where, value, depth - 1)
+
+
+def _held(holder: Any) -> Iterator[tuple[Any, Any]]:
+    """What something holds, by key; nothing for what is no plain holder of numbers."""
+    if isinstance(holder, partial):
+        yield from enumerate(holder.args)
+        yield from holder.keywords.items()
+    elif isinstance(holder, dict):
+        yield from ((key, value) for key, value in holder.items() if type(key) in (str, int) and INSIDE not in str(key))
+    elif isinstance(holder, tuple | list):
+        yield from enumerate(holder) if any(type(item) is not int for item in holder) else ()  # lists of sizes are one
+    elif (is_dataclass(holder) or isinstance(holder, SimpleNamespace)) and hasattr(holder, "__dict__"):
+        yield from vars(holder).items()
+
+
 def _last_word(name: str) -> str:
-    return name.rpartition(".")[2].rpartition("_")[2]
+    return name.rpartition(".")[2].rpartition(INSIDE)[2].rpartition("_")[2]
 
 
 def _census(model: nn.Module, blocks: Blocks) -> Census:

@@ -13,6 +13,7 @@ code, cut to the record's sizes while it is still empty, and then filled with th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ Record = Mapping[str, Any]
 "removed": [block]}`; a count that is None means all. Which rows and columns a gathered layer keeps lies beside its weight."""
 
 PREFIX = "Resect"
+# Between the keys that lead to a number inside an attribute: `lengths/h` is `module.lengths["h"]`.
+INSIDE = "/"
 # Attributes in which torch and transformers layers repeat the size of an axis of their weight.
 SIZES = {
     **{"out_features": 0, "in_features": 1, "num_embeddings": 0, "embedding_dim": 1, "nx": 0, "nf": 1},
@@ -98,7 +101,13 @@ def check(record: Record) -> None:
         for name, value in values.items():
             field = str(name).removeprefix("config.")
             sound = value is None or isinstance(value, int | float) or _are_numbers(value)
-            if field.startswith("_") or not field.isidentifier() or not sound:
+            keys = field.split(INSIDE)
+            if len(keys) > 1:
+                named = all(key.isidentifier() or key.isdecimal() for key in keys) and "__" not in field
+                sound = named and type(value) is int
+            elif field.startswith("_") or not field.isidentifier():
+                sound = False
+            if not sound:
                 raise _damaged(f"{name} of {module}", value)
     for name, values in silent.items():
         _check_counts(f"the stand-in for {name}", values, {"width": (1, MOST_WIDTH), "returns": (0, MOST_RETURNS)})
@@ -403,7 +412,8 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
         module = _submodule(model, path, path)
         fields = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}
         known = {*vars(module), *(f"config.{name}" for name in fields if hasattr(getattr(module, "config", None), name))}
-        if unknown := sorted(values.keys() - known):
+        inside = {name for name in values if INSIDE in name and name.split(INSIDE)[0] in known}
+        if unknown := sorted(values.keys() - known - inside):
             raise ValueError(
                 f"The surgery record sets {unknown[0]!r} of {path!r}, which the dense model has not. "
                 "The record belongs to another model."
@@ -413,8 +423,48 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
         for name, value in fields.items():
             setattr(module.config, name, value)
         for name, value in values.items():
-            if not name.startswith("config."):
+            if name in inside:
+                first, *rest = name.split(INSIDE)
+                try:
+                    setattr(module, first, _replaced(getattr(module, first), rest, value))
+                except (LookupError, AttributeError, TypeError):
+                    raise ValueError(
+                        f"The surgery record sets {name!r} of {path!r}, where the dense model has no number. "
+                        "The record belongs to another model."
+                    ) from None
+            elif not name.startswith("config."):
                 setattr(module, name, tuple(value) if isinstance(getattr(module, name, None), tuple) else value)
+
+
+def _replaced(holder: Any, keys: Sequence[str], value: Any) -> Any:
+    """A copy of a mapping, a sequence, a partial function or a plain object with another number at the end of some keys.
+
+    Raises `LookupError`, `AttributeError` or `TypeError` where no number stands there.
+    """
+    if not keys:
+        if type(holder) is not int:
+            raise TypeError(f"{type(holder).__name__} is no number")
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(holder, functools.partial):
+        given, named = [*holder.args], {**holder.keywords}
+        if key.isdecimal():
+            given[int(key)] = _replaced(given[int(key)], rest, value)
+        else:
+            named[key] = _replaced(named[key], rest, value)
+        return functools.partial(holder.func, *given, **named)
+    if isinstance(holder, tuple | list):
+        place = int(key) if key.isdecimal() else len(holder)
+        items = [*holder]
+        items[place] = _replaced(holder[place], rest, value)
+        return type(holder)(*items) if hasattr(holder, "_fields") else type(holder)(items)
+    again = copy.copy(holder)
+    if isinstance(holder, dict):
+        (own,) = [one for one in holder if str(one) == key] or [key]
+        again[own] = _replaced(holder[own], rest, value)
+    else:
+        object.__setattr__(again, key, _replaced(getattr(holder, key), rest, value))
+    return again
 
 
 class Shell(nn.Module):
