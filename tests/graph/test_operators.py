@@ -7,6 +7,7 @@ the cut network computes what the dense one does with zeros in all slices of wha
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,13 @@ def conv(rank: int, into: int, out: int, window: int) -> nn.Module:
     return kind(into, out, window)
 
 
+def hooked(norm: Callable[[nn.Module], nn.Module], layer: nn.Module) -> nn.Module:
+    """A layer whose weight one of torch's older norms makes anew before every run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return norm(layer)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], list[int]]] = {
     "a kernel that the network chooses": (lambda: heads(chosen_kernel), lambda: (words(),), [4]),
     "reflection padding of sound": (
@@ -174,6 +182,32 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
     ),
     "weight_norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(9, 32)), nn.ReLU(), nn.Linear(32, 5)),
+        lambda: (rows(),),
+        [32],
+    ),
+    "weight_norm of one layer after another": (
+        lambda: nn.Sequential(
+            *(parametrizations.weight_norm(conv(1, 3, 12, 3)), nn.ReLU(), parametrizations.weight_norm(conv(1, 12, 9, 3))),
+            *(nn.ReLU(), conv(1, 9, 5, 1)),
+        ),
+        lambda: (sound(),),
+        [9, 12],
+    ),
+    "weight_norm by hooks": (
+        lambda: nn.Sequential(
+            *(hooked(nn.utils.weight_norm, conv(1, 3, 12, 3)), nn.ReLU(), hooked(nn.utils.weight_norm, conv(1, 12, 9, 3))),
+            *(nn.ReLU(), conv(1, 9, 5, 1)),
+        ),
+        lambda: (sound(),),
+        [9, 12],
+    ),
+    "spectral_norm by hooks": (
+        lambda: nn.Sequential(hooked(nn.utils.spectral_norm, conv(1, 3, 12, 3)), nn.ReLU(), conv(1, 12, 5, 1)),
+        lambda: (sound(),),
+        [12],
+    ),
+    "spectral_norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(9, 32)), nn.ReLU(), nn.Linear(32, 5)),
         lambda: (rows(),),
         [32],
     ),

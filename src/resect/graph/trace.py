@@ -943,6 +943,7 @@ class _Changes:
         tables = [value for values in own for value in values.values() if isinstance(value, dict)]
         self._before = [(values, dict(values)) for values in (*own, *self._configs, *tables)]
         self._started: dict[str, dict[str, Any]] = {}
+        self._made = {name: _made_anew(module) for name, module in model.named_modules()}
 
     def start(self) -> None:
         """The run begins."""
@@ -959,11 +960,11 @@ class _Changes:
         return {name: values for name, values in noted.items() if values}
 
     def _noted(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        before = self._started.get(name, {})
+        before, passed = self._started.get(name, {}), (*TABLES_OF_MODULES, *self._made[name])
         return {
             key: value
             for key, value in values.items()
-            if key not in TABLES_OF_MODULES and "warn" not in key and not _is_same(before.get(key, _MISSING), value)
+            if key not in passed and "warn" not in key and not _is_same(before.get(key, _MISSING), value)
         }
 
     def undo(self) -> None:
@@ -1043,10 +1044,15 @@ class Unwritten(TorchDispatchMode):
 
 def _without_history(module: nn.Module) -> None:
     """Weights that a hook makes anew before every run are plain values between runs, so that the network can be copied."""
-    for hook in module._forward_pre_hooks.values():
-        name = getattr(hook, "name", "") if isinstance(hook, WeightNorm | SpectralNorm) else ""
+    for name in _made_anew(module):
         if isinstance(made := vars(module).get(name), Tensor) and not made.is_leaf:
             vars(module)[name] = made.detach()
+
+
+def _made_anew(module: nn.Module) -> list[str]:
+    """Weights that torch's older weight norms make of others before every run: nothing that a run hands out."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook.name for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)]
 
 
 @contextmanager
