@@ -37,6 +37,9 @@ from resect.graph.vocabulary import Vocabulary
 from resect.graph.zeros import Zeros, memory
 from resect.surroundings import unaffected
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a network."""
+
 EXAMPLE_SHAPE = (2, 7)
 """Batch and sequence length of the example text: primes that no model dimension is likely to share."""
 
@@ -58,14 +61,14 @@ TELLING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.defa
 PLAIN = (str, bytes, int, float, complex, type, torch.dtype, torch.device, nn.Module, ModuleType, FunctionType, MethodType)
 """What holds no tensors that a network puts out."""
 
+SCALING = ("aten.mul_", "aten.div_")
+"""Operators that write into a tensor and leave zeros in it what they are."""
 LIFTED = "aten.lift_fresh"
 """The operator behind `torch.tensor`."""
 LONGEST_CONSTANT = 64
 """Numbers of a tensor made by `torch.tensor` that are compared between runs."""
 FILLING = ("full", "full_like", "fill", "fill_", "new_full", "scalar_tensor")
 """Operators that are given a number to fill a tensor with."""
-DECIDING = ("__bool__", "item", "__float__")
-"""Functions with which code asks a tensor for its value, to choose by it."""
 
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
@@ -129,7 +132,6 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             given = {id(tensor) for tensor in (*state.values(), *_reachable(args, kwargs))}
             with recorder, recorder.functions:
                 output = torch.func.functional_call(model, state, args, kwargs)
-            handed = [tensor for tensor in changes.handed_out(args, kwargs) if id(tensor) not in given]
             left_on = changes.left_on()
     except Exception as problem:
         if fake and any(type(cause).__name__ in DATA_DEPENDENT for cause in _causes(problem)):
@@ -138,7 +140,9 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             f"Tracing {type(model).__name__} stopped in {recorder.where or 'the model'}: {type(problem).__name__}: "
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
-    recorder.outputs(output, handed)
+    stateful = _Stateful(model, state, (args, kwargs), left_on, mode) if fake else None
+    handed = _reachable(args, kwargs, *(left_on if stateful is None else stateful.written_only()).values())
+    recorder.outputs(output, [tensor for tensor in handed if id(tensor) not in given])
     recorder.decide()
     if fake and any(id(state[name]) not in recorder.used for name in parameters):
         _follow_training(model, recorder, state, (args, kwargs))
@@ -149,9 +153,6 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             freeze([atom for axis in axes for atom in axis], "not used in the traced run")
     order = {key: place for place, key in enumerate(recorder.used)}
     names = sorted(parameters, key=lambda name: order.get(id(state[name]), len(order)))
-    stateful = frozenset(left_on)
-    if fake and stateful:
-        stateful = _read_by_others(model, state, (args, kwargs), left_on, mode)
     run = Run(
         {name: parameters[name] for name in names},
         buffers,
@@ -167,33 +168,62 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         fake,
         frozenset((name, axis) for tensor, axis in recorder.spared for name, given in state.items() if given is tensor),
         recorder.lifted,
-        stateful,
+        frozenset(left_on) if stateful is None else stateful.read_by_others(),
     )
     return couple(model, run)
 
 
-def _read_by_others(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    example: tuple[tuple[Any, ...], dict[str, Any]],
-    left_on: Mapping[str, Mapping[str, Any]],
-    mode: FakeTensorMode | None,
-) -> frozenset[str]:
-    """The modules whose notes of an earlier run, a counter or a cache, change what the rest of the network does."""
+@dataclass
+class _Stateful:
+    """What a run left on modules, a counter or a cache, and who reads it: found by runs with and without it."""
 
-    def log(path: str, notes: Mapping[str, Any]) -> list[Any]:
-        watch = _Log({id(module): name for name, module in model.named_modules()}, path)
-        watch.mode = mode
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    example: Inputs
+    left_on: Mapping[str, Mapping[str, Any]]
+    mode: FakeTensorMode | None
+
+    def read_by_others(self) -> frozenset[str]:
+        """The modules whose notes change what the rest of the network does.
+
+        A module that cannot go on from its own notes says nothing about the rest.
+        """
+        return frozenset(path for path in self.left_on if path and self._differs(path, beside=path))
+
+    def written_only(self) -> dict[str, Mapping[str, Any]]:
+        """The notes that nothing in the network reads again, which are for code outside."""
+        return {path: notes for path, notes in self.left_on.items() if not self._is_read(path)}
+
+    def _is_read(self, path: str) -> bool:
+        """Whether the next text is computed in another way than the first: as long, or a single token, with a cache too."""
+        with self.mode or nullcontext():
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                Tensor, lambda one: one[:, :1] if _is_text(one) else one, self.example
+            )
+        caching = (False, True) if "use_cache" in kwargs else ()
+        tokens = [(args, kwargs), *((args, {**kwargs, "use_cache": cached}) for cached in caching)]
+        return any(self._differs(path, beside=None, example=example) for example in (self.example, *tokens))
+
+    def _differs(self, path: str, *, beside: str | None, example: Inputs | None = None) -> bool:
+        before, _ = self._log({}, path, beside, example or self.example)
+        after, whole = self._log(self.left_on[path], path, beside, example or self.example)
+        return after != (before if whole else before[: len(after)])
+
+    def _log(
+        self, notes: Mapping[str, Any], path: str, beside: str | None, example: Inputs
+    ) -> tuple[list[Any], bool]:
+        """What runs, and whether that is all that there is to compare: not where what stands `beside` fails."""
+        watch = _Log({id(module): name for name, module in self.model.named_modules()}, beside)
+        watch.mode = self.mode
         try:
-            with mode or nullcontext(), torch.no_grad(), _traceable(model), _silent(), watch.watching():
-                vars(model.get_submodule(path)).update(notes)
+            with self.mode or nullcontext(), torch.no_grad(), _traceable(self.model), _silent(), watch.watching():
+                vars(self.model.get_submodule(path)).update(notes)
                 with watch:
-                    torch.func.functional_call(model, dict(state), *example)
+                    torch.func.functional_call(self.model, dict(self.state), *example)
         except Exception as problem:
-            return [*watch.lines, repr(problem)]
-        return watch.lines
-
-    return frozenset(path for path, notes in left_on.items() if path and log(path, {}) != log(path, notes))
+            inside = beside is not None and f"{watch.where}.".startswith(f"{beside}.")
+            return watch.lines if inside else [*watch.lines, repr(problem)], not inside
+        return watch.lines, True
 
 
 def _follow_training(
@@ -373,16 +403,17 @@ class Watcher(TorchDispatchMode):
 
 
 class _Log(Watcher):
-    """Notes what runs outside of one module: operators, their numbers, and the shapes of their results."""
+    """Notes what runs, but in the module `beside`: operators, their numbers, and the shapes of their results."""
 
-    def __init__(self, names: Mapping[int, str], beside: str) -> None:
+    def __init__(self, names: Mapping[int, str], beside: str | None) -> None:
         super().__init__(names)
         self.lines: list[Any] = []
         self._beside = beside
 
     def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
         """Notes one operator."""
-        if self.where == self._beside or self.where.startswith(f"{self._beside}.") or name in UNSEEN:
+        own = self._beside is not None and f"{self.where}.".startswith(f"{self._beside}.")
+        if own or name in UNSEEN:
             return
         numbers = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, int | float)]
         self.lines.append((name, self.where, [tuple(output.shape) for output in outputs], numbers))
@@ -559,7 +590,7 @@ class Recorder(Watcher):
         self.spared: list[tuple[Tensor, int]] = []
         self._effects: dict[int, list[Callable[[], Any]]] = {}
         self.lifted: dict[tuple[str, int], tuple[Any, ...]] = {}
-        self._decisions: list[tuple[int, str]] = []
+        self._decisions: list[tuple[int, str, frozenset[int]]] = []
 
     def adopt(self, other: Recorder) -> None:
         """Takes over what another run over the same parameters shows of those that this one did not use."""
@@ -652,7 +683,8 @@ class Recorder(Watcher):
             self._values[id(tensor)] = self._new_value()
             if func._schema.is_mutable:
                 self._written[memory(tensor)] = self._values[id(tensor)]
-                self.zeros.wrote(tensor)
+                if name not in SCALING:
+                    self.zeros.wrote(tensor)
         self.zeros.follow(name, args, zip(outputs, found, strict=True), self.axes_of)
         for tensor, axes in zip(outputs, found, strict=True):
             if id(tensor) in call.chosen:
@@ -676,27 +708,54 @@ class Recorder(Watcher):
     def told(self, args: tuple[Any, ...], value: Any) -> None:
         """Numbers of positions that become plain numbers: indexing has read them to pick these positions, or they are lost."""
         self._begin_row(args)
-        if self.functions.running in DECIDING and not self._fake:
-            self._decisions.append((len(self.flow.steps), self.where))
         self.read(*_tensors(args))
         numbers = next((self._numbers[id(given)] for given in _tensors(args) if id(given) in self._numbers), None)
         if numbers is None:
+            self._decide_by(args, value)
             return
         self._forget()
         self._told = rules.Told(numbers, value)
         if self.functions.running != "__getitem__":
             self._forget()
 
+    def _decide_by(self, args: tuple[Any, ...], value: Any) -> None:
+        """Notes that code was told whether something holds, or how large it is; whole numbers are counts, or places."""
+        asked = self.functions.running == "__bool__" or isinstance(value, bool | float)
+        if asked and not self._fake:
+            values = [number for tensor in _tensors(args) for number in self._values_of(tensor)]
+            self._decisions.append((len(self.flow.steps), self.where, frozenset(values)))
+
     def decide(self) -> None:
-        """Keeps whole what lives across a choice by a value, since only one way of it was seen: the other may see all of it."""
+        """Keeps whole what lives across a choice by a value, since only one way of it was seen: the other may see all of it.
+
+        Choices by the text and its padding alone are the same for every weight, and pass.
+        """
         made = {value: number for number, step in enumerate(self.flow.steps) for value in step.given}
         last = dict(self.flow.last_use) | dict.fromkeys(self.flow.results, len(self.flow.steps))
-        for step, where in self._decisions:
+        for step, where, asked in self._decisions:
+            if not self._weighs(asked, made):
+                continue
             reason = f"code in {where or 'the model'} looks at a value, and one of its ways was seen"
             for key, value in self._values.items():
                 if made.get(value, step) < step <= last.get(value, -1) and key in self._axes:
                     for axis in self._axes[key][1]:
                         freeze(axis, reason)
+
+    def _weighs(self, asked: Collection[int], made: Mapping[int, int]) -> bool:
+        """Whether some values are computed from weights, or from numbers that the network was given."""
+        known_axes = ((self._values[key], tensor) for key, (tensor, _) in self._axes.items() if key in self._values)
+        floats = {value for value, tensor in known_axes if tensor.is_floating_point()}
+        waiting, known = list(asked), set(asked)
+        while waiting:
+            value = waiting.pop()
+            if value not in made:
+                if value in floats:
+                    return True
+                continue
+            step = self.flow.steps[made[value]]
+            waiting += [other for other in step.taken if other not in known]
+            known.update(step.taken)
+        return False
 
     def _forget(self) -> None:
         """Keeps whole what a number counts that nothing has picked."""
@@ -949,14 +1008,12 @@ class _Changes:
         """The run begins."""
         self._started = {name: dict(values) for name, values in self._modules}
 
-    def handed_out(self, *given: Any) -> list[Tensor]:
-        """Tensors in containers that the network was given, and those that it noted as attributes."""
-        attributes = [value for name, values in self._modules for value in self._noted(name, values).values()]
-        return _reachable(*given, *attributes)
-
     def left_on(self) -> dict[str, dict[str, Any]]:
         """What the run left on modules in the place of what it found there: counters, caches."""
-        noted = {name: self._noted(name, values) for name, values in self._modules}
+        noted = {
+            name: {key: value for key, value in self._noted(name, values).items() if not isinstance(value, str | bool | None)}
+            for name, values in self._modules
+        }
         return {name: values for name, values in noted.items() if values}
 
     def _noted(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:

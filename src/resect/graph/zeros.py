@@ -28,7 +28,7 @@ ZERO_AT_ZERO = frozenset(
 MOVES = frozenset(
     f"aten.{name}"
     for name in ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "detach", "alias", "clone", "_to_copy")
-    + ("unsqueeze", "squeeze")
+    + ("unsqueeze", "squeeze", "expand")
 )
 """Operators that put out all that they take in, perhaps in another order."""
 POWERS = ("aten.pow",)
