@@ -225,6 +225,32 @@ class TestTheModelIsHandedBack:
         assert torch.equal(weight, before)
         assert not net[0].training
 
+    @pytest.mark.parametrize("stops", [False, True])
+    def test_what_modules_hold_that_is_no_buffer(self, stops: bool) -> None:
+        class Holding(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.plain = nn.Linear(9, 5), torch.zeros(3)
+                self.seen: list[int] = []
+                self.names: set[str] = set()
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.plain.add_(1)
+                self.seen.append(len(x))
+                self.names.add("x")
+                if x.isnan().any() or stops:
+                    raise RuntimeError("stopped")
+                found: Tensor = self.a(x)
+                return found
+
+        net = Holding()
+        if stops:
+            with pytest.raises(ModelError, match="stopped"):
+                resect.trace(net, (torch.zeros(3, 9),))
+        else:
+            resect.trace(net, (torch.zeros(3, 9),))
+        assert (net.plain.tolist(), net.seen, net.names) == ([0.0, 0.0, 0.0], [], set())
+
     def test_mappings_that_cannot_be_written(self) -> None:
         class Frozen(OrderedDict[str, int]):
             def __init__(self, *args: Any) -> None:

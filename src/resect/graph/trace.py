@@ -1001,6 +1001,8 @@ class _Changes:
         own = [values for _, values in self._modules]
         tables = [value for values in own for value in values.values() if isinstance(value, dict)]
         self._before = [(values, dict(values)) for values in (*own, *self._configs, *tables)]
+        self._lists = [(value, list(value)) for values in own for value in values.values() if isinstance(value, list)]
+        self._sets = [(value, set(value)) for values in own for value in values.values() if isinstance(value, set)]
         self._started: dict[str, dict[str, Any]] = {}
         self._made = {name: _made_anew(module) for name, module in model.named_modules()}
 
@@ -1030,6 +1032,13 @@ class _Changes:
             if values.keys() != fields.keys() or any(values[name] is not fields[name] for name in fields):
                 values.clear()
                 values.update(fields)
+        for items, before in self._lists:
+            if len(items) != len(before) or any(one is not other for one, other in zip(items, before, strict=True)):
+                items[:] = before
+        for members, were in self._sets:
+            if members != were:
+                members.clear()
+                members.update(were)
 
 
 _MISSING = object()
@@ -1074,9 +1083,11 @@ class Unwritten(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        held = [value for module in model.modules() for key, value in vars(module).items() if key not in TABLES_OF_MODULES]
         with _disable_current_modes():
             self._state = [(tensor, tensor.data) for _, tensor in _state(model)]
-        self._own = {memory(data): data for _, data in self._state if not data.is_sparse}
+            noted = [(tensor, tensor.data) for tensor in _reachable(*held)]  # tensors that are no buffers
+        self._own = {memory(data): data for _, data in (*self._state, *noted) if not data.is_sparse}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
