@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ from resect.cli.ending import ended_by_signals
 from resect.files import whole_directory
 
 
+@pytest.fixture
+def by_default() -> Iterator[None]:
+    """Signals as a terminal sends them, also where these tests run under nohup, which ignores one."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("by_default")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_cleans_up_and_has_its_code(
     tmp_path: Path, number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
