@@ -134,3 +134,20 @@ def test_the_loss_of_a_cut_model() -> None:
     logits = resect.cut(model, rows())(new, labels=new)
     expected = torch.nn.functional.cross_entropy(logits.logits[:, :-1].flatten(0, 1), new[:, 1:].flatten())
     torch.testing.assert_close(logits.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("biases", "expected"),
+    [
+        ([[[44, 45], -1.5], [[44, 3], 2.0]], [[[4, 5], -1.5]]),
+        ({(44,): 1.0, (3,): 2.0}, {(4,): 1.0}),
+        ([[[3], 2.0]], None),
+    ],
+)
+def test_biases_of_sequences_follow(biases: Any, expected: Any) -> None:
+    model = named()
+    model.generation_config = GenerationConfig(pad_token_id=40, eos_token_id=100)
+    model.generation_config.sequence_bias = biases
+    resect.cut(model, rows(tuple(range(40, 101))))
+    generation: Any = model.generation_config
+    assert generation.sequence_bias == expected

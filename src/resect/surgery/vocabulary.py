@@ -14,6 +14,8 @@ from resect.surgery.positions import changed
 
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 """Fields of a generation configuration that list tokens which must not be written."""
+BIASED = "sequence_bias"
+"""The field that gives sequences of tokens a bias: a mapping, or a list of pairs."""
 SEQUENCES = ("bad_words_ids", "force_words_ids")
 """Fields that list sequences of tokens."""
 
@@ -85,9 +87,21 @@ def _renumber_config(config: Any, units: int, numbers: Mapping[int, int]) -> Non
             setattr(config, name, _renumbered(name, value, units, numbers))
         elif name in SUPPRESSED and value is not None:
             setattr(config, name, [numbers[token] for token in value if token in numbers])
+        elif name == BIASED and value is not None:
+            setattr(config, name, _biased(value, numbers))
         elif name in SEQUENCES and value is not None:
             whole = [sequence for sequence in value if all(token in numbers for token in sequence)]
             setattr(config, name, [[numbers[token] for token in sequence] for sequence in whole] or None)
+
+
+def _biased(value: Any, numbers: Mapping[int, int]) -> Any:
+    """Biases of sequences whose tokens all stay, under their new numbers."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    whole = [(tokens, bias) for tokens, bias in pairs if all(token in numbers for token in tokens)]
+    renumbered = [([numbers[token] for token in tokens], bias) for tokens, bias in whole]
+    if isinstance(value, Mapping):
+        return {tuple(tokens): bias for tokens, bias in renumbered} or None
+    return [[tokens, bias] for tokens, bias in renumbered] or None
 
 
 def _renumbered(name: str, value: Any, units: int, numbers: Mapping[int, int]) -> Any:
