@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import resect
-from resect.errors import NumericsError, UsageError
+from resect.errors import ModelError, NumericsError, UsageError
 from resect.graph import Graph
 from resect.plan import Kept, Plan
 from resect.surgery import cut_and_check
-from tests.models import FAMILIES, assert_same_function, random_plan, random_tokens
+from tests.models import FAMILIES, assert_same_function, random_plan, random_tokens, tiny
 
 
 def without_member(graph: Graph, ending: str) -> Graph:
@@ -115,3 +117,25 @@ def test_what_a_network_keeps_for_evaluation_is_forgotten() -> None:
         resect.cut(model, plan, graph)
         assert torch.allclose(model(x), masked)
     assert not model.training
+
+
+def hybrid() -> PreTrainedModel:
+    """Three state-space blocks and one of attention, whose slot of the cache knows how long the text is."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "shared_intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 0, "num_experts_per_tok": 0}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2}
+    kinds = ["mamba", "mamba", "attention", "mamba"]
+    return tiny("GraniteMoeHybrid", vocab_size=64, **sizes, **heads, **mamba, layer_types=kinds)
+
+
+@pytest.mark.parametrize(("block", "writes"), [(1, True), (2, False)])
+def test_a_model_that_would_write_no_text_is_refused(block: int, writes: bool) -> None:
+    model: Any = hybrid()
+    settings = {"drop_blocks": [block]}
+    if writes:
+        resect.prune(model, method="by-hand", settings=settings, layout="per-layer")
+        found = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert found.shape == (1, 6)
+    else:
+        with pytest.raises(ModelError, match="cannot go on from its cache"):
+            resect.prune(model, method="by-hand", settings=settings, layout="per-layer")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from resect.calibration import positions_of
-from resect.errors import NumericsError
+from resect.errors import ModelError, NumericsError
 from resect.graph import Graph
 from resect.plan import Plan
 from resect.surgery.cut import cut
@@ -28,6 +28,8 @@ SHAPE = (2, 16)
 """Sequences and tokens of the check."""
 TOLERANCE = 1e-4
 """Largest logit difference as a share of the logits' standard deviation, where rounding allows it."""
+CACHED = 1e-2
+"""The same for a token that is computed from a cache: other kernels, other orders of sums."""
 ROUNDING = 16
 """How many times the effect of one rounding error per block the difference may reach in deep models."""
 
@@ -40,16 +42,46 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
     Gives the largest difference of outputs and what was allowed, both as shares of the outputs' standard deviation. Allowed
     is 1e-4, or a few times what rounding alone does to this model: one relative error of machine precision after every block,
     measured. Half-precision models are widened to float32 meanwhile.
-    Raises `NumericsError` above that: discovery has missed a coupling.
+    Raises `NumericsError` above that: discovery has missed a coupling; and `ModelError` for a language model that cannot go on
+    from a cache any more, though the dense one can.
     """
     keep = kept_tokens(graph, plan)
     before, after = _inputs(model, graph, keep, seed)
+    writes = tokens_alone(model, graph.witness.example) and not _stopped(model, before)
     with masked(model, plan, graph), _widened(model):
         expected = _of_tokens(outputs_of(model, before), keep)
         with _rounding_errors(model, graph, seed):
             disturbed = _of_tokens(outputs_of(model, before), keep)
     cut(model, plan, graph)
-    return _compared(model, after, expected, disturbed)
+    found = _compared(model, after, expected, disturbed)
+    if writes and (problem := _stopped(model, after)):
+        raise ModelError(
+            f"The cut model cannot go on from its cache, as the dense one can, so that it would write no text: {problem}. "
+            "Leave out blocks and sublayers, or protect what keeps the length of the text: the last attention."
+        )
+    return found
+
+
+def _stopped(model: nn.Module, inputs: Inputs) -> str:
+    """What stops a language model that reads some tokens into a cache and then one more; empty where nothing does.
+
+    Two ways to compute the same token differ by more than `CACHED` of the logits' scale only where something is wrong.
+    """
+    tokens = inputs[1]["input_ids"]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), _widened(model):
+            whole = model(input_ids=tokens, use_cache=False).logits[:, -1]
+            first = model(input_ids=tokens[:, :-1], use_cache=True)
+            last = model(input_ids=tokens[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1]
+    except Exception as problem:  # whatever a stranger's code raises
+        return f"{type(problem).__name__}: {str(problem)[:200]}"
+    finally:
+        for module in training:
+            module.training = True
+    off = _difference(whole, last)
+    return "" if off <= CACHED else f"logits with and without it differ by {off:.1e} of their scale"
 
 
 @unaffected("changes")
