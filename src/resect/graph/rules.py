@@ -582,7 +582,6 @@ def view_as_real(call: Call) -> list[Axes]:
 def _contract(call: Call, first: Tensor, second: Tensor) -> Axes:
     """Batched matrix product: [..., n, k] x [..., k, m] -> [..., n, m]."""
     left, right = call.axes_of(first), call.axes_of(second)
-    a_side, b_side = (first, left), (second, right)
     scores = len(left) > 1 and _on_tokens([left[-2]]) and _on_tokens([right[-1]])
     attention = len(left) > 2 and (scores or _on_tokens([left[-1]]) or _on_tokens([right[-2]]))
     call.link(left[-1], right[-2])
@@ -593,7 +592,8 @@ def _contract(call: Call, first: Tensor, second: Tensor) -> Axes:
         for axis in (*left[:-2], *right[:-2]):
             mark(axis, label="attention")
         mark(right[-1] if _on_tokens([left[-1]]) else left[-1], label="inside a head")
-    _sum_over(call, left[-1], right[-2], call.zeros.along_axis(*a_side, -1) | call.zeros.along_axis(*b_side, -2))
+    zero = call.zeros.along_axis(first, left, -1) | call.zeros.along_axis(second, right, -2)
+    _sum_over(call, left[-1], right[-2], zero)
     call.contractions.append((call.where, (*left, right[-1])))
     return [*left[:-1], right[-1]]
 

@@ -994,7 +994,6 @@ class _Changes:
     """What a network notes on itself while it runs: attributes, tables, fields of its configuration; all of it is undone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._modules = [(name, vars(module)) for name, module in model.named_modules()]
         found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
         self._configs = [vars(config) for config in found.values() if hasattr(config, "__dict__")]
