@@ -10,7 +10,7 @@ from torch import nn
 
 from resect.errors import CheckpointError
 from resect.surgery.cut import name_before
-from resect.surgery.modeling_resect import MOST_RETURNS, MOST_WIDTH
+from resect.surgery.modeling_resect import MOST_AXES, MOST_RETURNS, MOST_WIDTH
 
 Record = dict[str, Any]
 
@@ -79,9 +79,10 @@ Number = Annotated[int, Field(strict=True, ge=-(2**31), le=2**31)] | Annotated[f
 
 
 class _Silence(BaseModel, extra="forbid"):
-    """What a stand-in puts out: zeros of a width, in a tuple of so many items."""
+    """What a stand-in puts out: zeros of a width along an axis, in a tuple of so many items."""
 
     width: Annotated[int, Field(strict=True, ge=1, le=MOST_WIDTH)]
+    axis: Annotated[int, Field(strict=True, ge=-MOST_AXES, le=-1)] = -1
     returns: Annotated[int, Field(strict=True, ge=0, le=MOST_RETURNS)]
 
 

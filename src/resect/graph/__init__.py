@@ -1,6 +1,6 @@
 """Which slices of which parameters belong together: found by tracing on fake tensors, no weights needed."""
 
-from resect.graph.atoms import Axis, Contest, freeze, join, kept_length, length
+from resect.graph.atoms import Atom, Axis, Contest, freeze, join, kept_length, length
 from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frame, Frozen, Graph, Group, Member, Rivals, Term
@@ -13,6 +13,7 @@ __all__ = [
     "KINDS",
     "TOKEN_FIELD",
     "VOCABULARY",
+    "Atom",
     "Axis",
     "Blocks",
     "Call",

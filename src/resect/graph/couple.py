@@ -66,11 +66,10 @@ def couple(model: nn.Module, run: Run) -> Graph:
         if leaf.reason
         for member in leaf.members
     ]
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_modules()}
     taken = {group.name for group in offered.values()}
     sublayers = [
         replace(one, name=f"{one.name}.whole") if one.name in taken else one
-        for one in find_sublayers(run.flow, blocks, sizes)
+        for one in find_sublayers(run.flow, blocks, parameters)
         if not any(_keeps_state(silence.path, run.stateful) for silence in one.silences)
     ]
     depth = _depth(model, blocks, run, sublayers)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 from resect.graph.atoms import Axis, leaves, length
 from resect.graph.blocks import Blocks
@@ -54,9 +55,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class Silence:
-    """A module that a removed sub-layer leaves idle, and what its stand-in has to put out: zeros [..., width]."""
+    """A module that a removed sub-layer leaves idle, and what its stand-in has to put out: zeros, `width` along `axis`.
+
+    Along all others they are as long as what goes in.
+    """
 
     path: str
+    axis: int
+    """Counted from the end."""
     width: Axis
     returns: int
 
@@ -137,8 +143,8 @@ def _read_outside(flow: Flow, blocks: Sequence[Visit]) -> set[int]:
     return {*flow.results, *taken}
 
 
-def find_sublayers(flow: Flow, blocks: Blocks, sizes: Mapping[str, int]) -> list[Sublayer]:
-    """The sub-layers of every block. `sizes` counts the parameters of every module."""
+def find_sublayers(flow: Flow, blocks: Blocks, parameters: Mapping[str, Sequence[Axis]]) -> list[Sublayer]:
+    """The sub-layers of every block. `parameters` gives the axes of every parameter, by name."""
     inside: dict[int, list[Visit]] = {}
     for visit in flow.visits:
         if (layer := blocks.layer_of(visit.path)) is not None:
@@ -147,11 +153,13 @@ def find_sublayers(flow: Flow, blocks: Blocks, sizes: Mapping[str, int]) -> list
         sublayer
         for layer, (path, *beside) in enumerate(blocks.modules)
         if not beside and layer in inside
-        for sublayer in _within_block(flow, path, layer, inside[layer], sizes)
+        for sublayer in _within_block(flow, path, layer, inside[layer], parameters)
     ]
 
 
-def _within_block(flow: Flow, path: str, layer: int, visits: Sequence[Visit], sizes: Mapping[str, int]) -> list[Sublayer]:
+def _within_block(
+    flow: Flow, path: str, layer: int, visits: Sequence[Visit], parameters: Mapping[str, Sequence[Axis]]
+) -> list[Sublayer]:
     times = Counter(visit.path for visit in visits)
     if times[path] != 1:
         return []
@@ -162,7 +170,9 @@ def _within_block(flow: Flow, path: str, layer: int, visits: Sequence[Visit], si
     stream = _stream(block, steps)
     # Calls that end later come first, those around others before those within.
     calls = {visit.path: visit for visit in reversed(visits) if visit is not block and times[visit.path] == 1}
-    able = [visit for visit in calls.values() if sizes.get(visit.path) and _replaceable(visit)]
+    own = {name: parameters[name] for name in parameters if name.startswith(f"{path}.")}
+    features = {visit.path: axis for visit in calls.values() if (axis := _feature_axis(visit, own)) is not None}
+    able = [visit for visit in calls.values() if visit.path in features]
     found: list[Sublayer] = []
     idle: list[str] = []
     for visit in able:
@@ -174,12 +184,15 @@ def _within_block(flow: Flow, path: str, layer: int, visits: Sequence[Visit], si
             continue
         silent = [visit.path]
         for other in able:
-            dead = not any(matters[other.start - block.start : other.stop - block.start])
-            if dead and not _is_under(other.path, [*silent, *idle]):
+            doing = matters[other.start - block.start : other.stop - block.start]
+            idle_now = bool(doing) and not any(doing)  # one that took in nothing, an expert without tokens, tells nothing
+            if idle_now and not _is_under(other.path, [*silent, *idle]):
                 silent.append(other.path)
         idle += silent
-        silences = tuple(Silence(name, calls[name].leaving[-1], calls[name].returns) for name in silent)
-        found.append(Sublayer(max(silent, key=lambda name: sizes[name]), layer, silences))
+        silences = tuple(
+            Silence(name, features[name], calls[name].leaving[features[name]], calls[name].returns) for name in silent
+        )
+        found.append(Sublayer(max(silent, key=lambda name: _size(name, own)), layer, silences))
     return found[::-1]
 
 
@@ -207,11 +220,27 @@ def _on_stream(step: Step, block: Visit) -> bool:
     return not step.contracts and bool(step.axes) and leaves(step.axes[-1]) == leaves(block.entering[-1])
 
 
-def _replaceable(visit: Visit) -> bool:
-    """Whether zeros of another last axis can stand for what a module puts out."""
-    if visit.returns < 0 or not visit.given or not visit.entering or not visit.leaving:
-        return False
-    return list(map(length, visit.entering[:-1])) == list(map(length, visit.leaving[:-1]))
+def _feature_axis(visit: Visit, parameters: Mapping[str, Sequence[Axis]]) -> int | None:
+    """The axis, counted from the end, along which zeros that stand for what a module puts out have a width of their own.
+
+    It lies on an axis of the module's parameters, and the others are as long as what goes in. None where it is not clear: an
+    axis of one position behind the batch may have come out with that length by chance.
+    """
+    if visit.returns < 0 or not visit.given or len(visit.entering) != len(visit.leaving) or not visit.leaving:
+        return None
+    inside = [axes for name, axes in parameters.items() if name.startswith(f"{visit.path}.")]
+    learned = {atom for axes in inside for axis in axes for atom in leaves(axis)}
+    found = [number for number, axis in enumerate(visit.leaving) if learned.intersection(leaves(axis))]
+    if len(found) != 1:
+        return None
+    pairs = enumerate(zip(visit.entering, visit.leaving, strict=True))
+    kept = all(length(a) == length(b) and (length(a) > 1 or number == 0) for number, (a, b) in pairs if number != found[0])
+    return found[0] - len(visit.leaving) if kept else None
+
+
+def _size(path: str, parameters: Mapping[str, Sequence[Axis]]) -> int:
+    """Parameters of a module."""
+    return sum(prod(map(length, axes)) for name, axes in parameters.items() if name.startswith(f"{path}."))
 
 
 def _is_under(path: str, parents: Sequence[str]) -> bool:

@@ -6,14 +6,18 @@ network hands to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from math import prod
+from string import ascii_letters
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
 
 from resect.graph.rules import known
 
@@ -57,3 +61,72 @@ def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _blank(kind: Any, like: Tensor) -> Any:
     return like.new_empty(0) if str(kind) == "Tensor" else 0
+
+
+class Einsums(TorchFunctionMode):
+    """Runs `torch.einsum` of two tensors as one product of matrices, whatever their sizes.
+
+    torch leaves axes of one position out of the product, so that a network with one head left would run other operators
+    than it did with many.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one function."""
+        if func is torch.einsum and isinstance(args[0], str) and not kwargs:
+            operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+            if (plan := _Product.of(args[0], operands)) is not None:
+                return plan.run(*operands)
+        return func(*args, **kwargs or {})
+
+
+@dataclass(frozen=True)
+class _Product:
+    """An einsum of two tensors; every axis has a letter."""
+
+    first: str
+    second: str
+    out: str
+
+    @classmethod
+    def of(cls, equation: str, operands: Sequence[Tensor]) -> _Product | None:
+        """None for what is no product over a common axis of two tensors: torch runs that as it is."""
+        sides = equation.replace(" ", "").split("->")
+        terms = sides[0].split(",")
+        if len(sides) != 2 or len(terms) != 2 or len(operands) != 2:
+            return None
+        spare = [letter for letter in ascii_letters if letter not in equation]
+        ranks = [operand.ndim - len(term.replace("...", "")) for term, operand in zip(terms, operands, strict=True)]
+        open_ends = {rank for term, rank in zip(terms, ranks, strict=True) if "..." in term}
+        if len(open_ends) > 1 or min(ranks) < 0 or max(ranks) > len(spare):
+            return None  # ellipses of two lengths are broadcast
+        letters = "".join(spare[: max(open_ends, default=0)])
+        first, second, out = (term.replace("...", letters) for term in (*terms, sides[1]))
+        sizes: dict[str, int] = {}
+        for term, operand in ((first, operands[0]), (second, operands[1])):
+            if len(term) != operand.ndim or len(set(term)) < len(term):
+                return None
+            if any(sizes.setdefault(letter, size) != size for letter, size in zip(term, operand.shape, strict=True)):
+                return None
+        summed = set(first) & set(second) - set(out)
+        alone = (set(first) ^ set(second)) - set(out)
+        return cls(first, second, out) if summed and not alone and len(set(out)) == len(out) else None
+
+    def run(self, first: Tensor, second: Tensor) -> Tensor:
+        """The product."""
+        sizes = {**dict(zip(self.first, first.shape, strict=True)), **dict(zip(self.second, second.shape, strict=True))}
+        both = [letter for letter in self.out if letter in self.first and letter in self.second]
+        rows = [letter for letter in self.first if letter in self.out and letter not in both]
+        columns = [letter for letter in self.second if letter in self.out and letter not in both]
+        summed = [letter for letter in self.first if letter not in both and letter not in rows]
+
+        def matrices(tensor: Tensor, letters: str, *axes: list[str]) -> Tensor:
+            tensor = tensor.permute([letters.index(letter) for axis in axes for letter in axis])
+            return tensor.reshape([prod(sizes[letter] for letter in axis) for axis in axes])
+
+        if both:
+            left = matrices(first, self.first, both, rows, summed)
+            product = torch.bmm(left, matrices(second, self.second, both, summed, columns))
+        else:
+            product = torch.mm(matrices(first, self.first, rows, summed), matrices(second, self.second, summed, columns))
+        order = [*both, *rows, *columns]
+        return product.reshape([sizes[letter] for letter in order]).permute([order.index(letter) for letter in self.out])

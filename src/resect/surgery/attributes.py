@@ -150,7 +150,7 @@ class Search:
                 alike = [
                     other
                     for other, value in numbers.items()
-                    if other not in solved[path] and value == old and _last_word(other) == _last_word(name)
+                    if other not in solved[path] and value == old and _last_word(module, other) == _last_word(module, name)
                 ]
                 for other in alike:
                     trial = {**solved, path: {**solved[path], other: new}}
@@ -394,8 +394,15 @@ def _held(holder: Any) -> Iterator[tuple[Any, Any]]:
         yield from vars(holder).items()
 
 
-def _last_word(name: str) -> str:
-    return name.rpartition(".")[2].rpartition(INSIDE)[2].rpartition("_")[2]
+def _last_word(module: nn.Module, name: str) -> str:
+    """The last word of what a number is called: by its key, or by the text that stands in front of it in a pair."""
+    first, *keys = name.split(INSIDE)
+    holder = vars(module).get(first)
+    for key in keys[:-1]:
+        holder = dict((str(name), value) for name, value in _held(holder)).get(key)
+    pair = isinstance(holder, tuple | list) and len(holder) == 2 and isinstance(holder[0], str)
+    key = holder[0] if pair else keys[-1] if keys else first
+    return str(key).rpartition(".")[2].rpartition("_")[2]
 
 
 def _census(model: nn.Module, blocks: Blocks) -> Census:

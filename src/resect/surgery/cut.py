@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from resect.errors import ModelError, UsageError
-from resect.graph import VOCABULARY, Graph, Replay, kept_length, retrace, trace
+from resect.graph import VOCABULARY, Atom, Graph, Replay, Silence, kept_length, retrace, trace
 from resect.plan import Plan
 from resect.surgery.alignment import renumber_alignment
 from resect.surgery.attributes import shape_attributes
@@ -124,12 +124,18 @@ def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
     record = Record(
         shapes={name: shape for name, shape in shapes.items() if not name.startswith(gone)},
         attributes={path: values for path, values in attributes.items() if not f"{path}.".startswith(gone)},
-        silent={one.path: {"width": kept_length(one.width, kept), "returns": one.returns} for one in silences},
+        silent={one.path: _stand_in(one, kept) for one in silences},
         removed=blocks,
     )
     if gone:
         _try(model, graph, record, removed)
     return record
+
+
+def _stand_in(silence: Silence, kept: Mapping[Atom, int]) -> dict[str, int]:
+    """What the stand-in of a module puts out, as the record says it: the axis only where it is not the last."""
+    along = {} if silence.axis == -1 else {"axis": silence.axis}
+    return {"width": kept_length(silence.width, kept), **along, "returns": silence.returns}
 
 
 def _try(model: nn.Module, graph: Graph, record: Record, removed: Mapping[str, int]) -> None:

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 Record = Mapping[str, Any]
 """What was cut, in dense numbering: `{"shapes": {parameter: sizes}, "attributes": {module: {name: value}},
-"silent": {module: {"width": size, "returns": items}}, "gathered": {module: {"rows": count, "columns": count}},
+"silent": {module: {"width": size, "axis": from the end, "returns": items}}, "gathered": {module: {"rows": count, "columns": count}},
 "removed": [block]}`; a count that is None means all. Which rows and columns a gathered layer keeps lies beside its weight."""
 
 PREFIX = "Resect"
@@ -45,8 +45,9 @@ OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_c
 # The parts of a record.
 KINDS = {"shapes": dict, "attributes": dict, "silent": dict, "gathered": dict, "removed": list}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What a stand-in may at most put out: zeros of so many channels, in a tuple of so many items.
+# What a stand-in may at most put out: zeros of so many channels, along one of so many axes, in a tuple of so many items.
 MOST_WIDTH = 2**24
+MOST_AXES = 8
 MOST_RETURNS = 64
 # Fields of a configuration that hold numbers of blocks.
 NUMBERING = (
@@ -110,7 +111,9 @@ def check(record: Record) -> None:
             if not sound:
                 raise _damaged(f"{name} of {module}", value)
     for name, values in silent.items():
-        _check_counts(f"the stand-in for {name}", values, {"width": (1, MOST_WIDTH), "returns": (0, MOST_RETURNS)})
+        given = {"axis": -1, **values} if isinstance(values, Mapping) else values
+        ranges = {"width": (1, MOST_WIDTH), "axis": (-MOST_AXES, -1), "returns": (0, MOST_RETURNS)}
+        _check_counts(f"the stand-in for {name}", given, ranges)
     for name, values in gathered.items():
         given = {key: 0 if value is None else value for key, value in values.items()} if isinstance(values, Mapping) else values
         _check_counts(f"what {name} keeps", given, {"rows": (0, MOST_WIDTH), "columns": (0, MOST_WIDTH)})
@@ -506,20 +509,23 @@ def _shell(module: nn.Module) -> nn.Module:
 
 
 class Silent(Shell):
-    """Stands where a sub-layer was and puts out zeros, as wide as what it put out."""
+    """Stands where a sub-layer was and puts out zeros, as wide as what it put out along one axis."""
 
     width: int
+    axis: int
     returns: int
 
-    def __init__(self, module: nn.Module, *, width: int, returns: int) -> None:
+    def __init__(self, module: nn.Module, *, width: int, axis: int = -1, returns: int) -> None:
         super().__init__(module)
-        vars(self).update(width=width, returns=returns)
+        vars(self).update(width=width, axis=axis, returns=returns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros [..., width], in a tuple of as many items as there were."""
+        """Zeros shaped like what goes in, `width` along `axis`, in a tuple of as many items as there were."""
         given = first_tensor((args, kwargs))
         self._keep_place(given, (*args, *kwargs.values()))
-        zeros = given.new_zeros(*given.shape[:-1], self.width)
+        shape = list(given.shape)
+        shape[self.axis] = self.width
+        zeros = given.new_zeros(shape)
         return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros
 
     def _keep_place(self, given: torch.Tensor, values: Iterable[Any]) -> None:
