@@ -84,9 +84,15 @@ def _is_stack(modules: nn.ModuleList, path: str, streams: Mapping[str, bool]) ->
     if not inside or not all(any(True for _ in child.children()) for child in inside.values()):
         return False
     if len(inside) > 1 and all(isinstance(child, nn.ModuleList) for child in inside.values()):  # nobody runs a list
-        inside = {f"{name}.{part}": one for name, parts in inside.items() for part, one in parts.named_children()}
-    ran = [streams[f"{path}.{name}"] for name in inside if f"{path}.{name}" in streams]
+        ran = [any(handing_on) for name in inside if (handing_on := _inside(f"{path}.{name}", streams))]
+    else:
+        ran = [streams[f"{path}.{name}"] for name in inside if f"{path}.{name}" in streams]
     return 2 * sum(ran) > len(ran)
+
+
+def _inside(path: str, streams: Mapping[str, bool]) -> list[bool]:
+    """Of the modules inside a list that ran, whether they hand on what they took in."""
+    return [handed for name, handed in streams.items() if name.startswith(f"{path}.")]
 
 
 def _beside(model: nn.Module, path: str, order: Mapping[str, int]) -> list[str]:

@@ -6,20 +6,25 @@ plain numbers; here the numbers keep the axis they come from until they are used
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from resect.graph.atoms import Axis, Misaligned, below, factor, freeze, join, leaves, length, narrow
 
 VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
+LIKE = (Tensor.view_as, Tensor.reshape_as)
 LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Functions that hand values to code of Python."""
 FILLING = {
@@ -34,6 +39,9 @@ FILLING = {
     torch.tensor: (0, "data"),
 }
 """Functions that make tensors of values, and where these stand."""
+Cached = type(cache(len))
+"""The class of what `functools.cache` and `lru_cache` make of functions."""
+BUILT_IN = {*sys.stdlib_module_names, "torch", "resect"}
 COMPUTED = "its size is a number that the network computes with"
 
 
@@ -77,6 +85,40 @@ class Size(int):
         return int(self)
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Functions that remember what they gave for numbers compute anew for sizes, while the context lasts.
+
+    einops keeps the lengths of axes by shape: what it worked out for one layer would come back for another one as wide, with
+    the axis of the first, and the layers would be cut together. Reached are `functools.lru_cache` and `cache` on functions
+    of modules, but those of Python and torch.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in BUILT_IN or not isinstance(module, ModuleType):
+            continue
+        space = vars(module)
+        replaced += [(space, key, value) for key, value in list(space.items()) if type(value) is Cached]
+    try:
+        for space, key, value in replaced:
+            space[key] = _computed_for_sizes(value)
+        yield
+    finally:
+        for space, key, value in replaced:
+            space[key] = value
+
+
+def _computed_for_sizes(function: Any) -> Callable[..., Any]:
+    """A cached function that computes where it is given sizes."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sizes = any(isinstance(leaf, Size) for leaf in tree_leaves((args, kwargs)))
+        return (function.__wrapped__ if sizes else function)(*args, **kwargs)
+
+    return call
+
+
 class Sizes(TorchFunctionMode):
     """Hands out sizes that remember their axis, and unites the axes of what is made with them.
 
@@ -116,6 +158,8 @@ class Sizes(TorchFunctionMode):
         if func in VIEWS:
             given = args[1:] or tuple(kwargs.values())
             self._viewed(result, given[0] if given and isinstance(given[0], Sequence) else given)
+        elif func in LIKE:
+            self._viewed(result, self._remembered(args[1], args[1].size(), None))
         elif func is multi_head_attention_forward and args[5] is not None:
             self._attended(args[0], args[5])
         elif func is scaled_dot_product_attention and kwargs.get("scale") is None:

@@ -32,7 +32,7 @@ from resect.graph.depth import Flow, Step, Visit
 from resect.graph.fakes import operate
 from resect.graph.groups import Frame, Graph, Loop, Operation
 from resect.graph.parts import RESTRIDING, Einsums, in_parts
-from resect.graph.sizes import Sizes
+from resect.graph.sizes import Sizes, uncached
 from resect.graph.vocabulary import Vocabulary
 from resect.graph.zeros import Zeros, memory
 from resect.surroundings import unaffected
@@ -130,7 +130,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
     try:
         with mode or nullcontext(), torch.no_grad(), _traceable(model) as changes, recorder.watching():
             given = {id(tensor) for tensor in (*state.values(), *_reachable(args, kwargs))}
-            with recorder, recorder.functions:
+            with recorder, uncached(), recorder.functions:
                 output = torch.func.functional_call(model, state, args, kwargs)
             left_on = changes.left_on()
     except Exception as problem:
@@ -247,6 +247,7 @@ def _follow_training(
                 stack.enter_context(context)
             stack.enter_context(other.watching())
             stack.enter_context(other)
+            stack.enter_context(uncached())
             stack.enter_context(other.functions)
             output = torch.func.functional_call(model, dict(state), args, kwargs)
         other.outputs(output)
