@@ -24,6 +24,8 @@ class Stranger:
     inputs: Inputs
     other: Inputs = field(default=())
     """Inputs of another size: batch, and length or resolution where the network takes others."""
+    single: bool = False
+    """Whether it computes in float32 whatever its weights are."""
 
 
 NETWORKS: dict[str, Callable[[], Stranger]] = {}
@@ -137,7 +139,9 @@ def _() -> Stranger:
     def side(symbols: int, depth: int) -> dict[str, Any]:
         return {"num_tokens": symbols, "depth": depth, "heads": 4, "max_seq_len": 32, "attn_dim_head": 12}
 
-    parts = {f"{where}_{name}": value for where, given in (("enc", side(56, 2)), ("dec", side(64, 3))) for name, value in given.items()}
+    parts = {
+        f"{where}_{name}": value for where, given in (("enc", side(56, 2)), ("dec", side(64, 3))) for name, value in given.items()
+    }
     model = XTransformer(dim=48, **parts)
     return Stranger(model, (tokens(2, 9, 56), tokens(2, 7)), (tokens(3, 13, 56), tokens(3, 11)))
 
@@ -230,7 +234,7 @@ def _() -> Stranger:
 
     sizes = {"dim": 96, "depth": 2, "heads": 4, "target_length": 2, "num_downsamples": 5, "dim_divisible_by": 8}
     model = Enformer.from_hparams(output_heads={"human": 7}, attn_dim_key=8, use_checkpointing=False, **sizes)
-    return Stranger(model, (tokens(2, 128, 5) - 1,), (tokens(3, 128, 5) - 1,))
+    return Stranger(model, (tokens(2, 128, 5) - 1,), (tokens(3, 128, 5) - 1,), single=True)
 
 
 # torch itself ---------------------------------------------------------------------------------------------------------
@@ -238,8 +242,9 @@ def _() -> Stranger:
 
 @stranger("torch/TransformerEncoder")
 def _() -> Stranger:
-    layer = nn.TransformerEncoderLayer(48, 4, 80, batch_first=True)
-    return Stranger(nn.TransformerEncoder(layer, 3), (series(2, 7, 48),), (series(3, 11, 48),))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 4, 80, batch_first=True), 3)
+    model = nn.Sequential(nn.Embedding(64, 48), encoder, nn.Linear(48, 9))
+    return Stranger(model, (tokens(2, 7),), (tokens(3, 11),))
 
 
 @stranger("torch/Transformer")
@@ -271,7 +276,7 @@ def _vit(module: str, name: str, **settings: Any) -> Stranger:
 
     side = settings.pop("image_size", 32) if name == "SepViT" else settings.get("image_size", 32)
     model = getattr(importlib.import_module(f"vit_pytorch.{module}"), name)(num_classes=10, **settings)
-    return Stranger(model, (images(2, side),), (images(3, side),))
+    return Stranger(model, (images(2, side),), (images(3, side),), single=name == "CrossFormer")
 
 
 VIT = {"image_size": 32, "patch_size": 8, "dim": 48, "depth": 3, "heads": 4, "mlp_dim": 80}
@@ -286,26 +291,119 @@ VITS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cait": ("cait", "CaiT", {**VIT, "dim_head": 12, "cls_depth": 2}),
     "parallel-vit": ("parallel_vit", "ViT", {**VIT, "dim_head": 12, "num_parallel_branches": 2}),
     "learnable-memory-vit": ("learnable_memory_vit", "ViT", {**VIT, "dim_head": 12}),
-    "vit-patch-merger": ("vit_with_patch_merger", "ViT", {**VIT, "dim_head": 12, "patch_merge_layer": 1, "patch_merge_num_tokens": 4}),
+    "vit-patch-merger": (
+        "vit_with_patch_merger",
+        "ViT",
+        {**VIT, "dim_head": 12, "patch_merge_layer": 1, "patch_merge_num_tokens": 4},
+    ),
     "vit-small-dataset": ("vit_for_small_dataset", "ViT", {**VIT, "dim_head": 12}),
-    "t2t": ("t2t", "T2TViT", {"image_size": 32, "dim": 48, "depth": 2, "heads": 4, "mlp_dim": 80, "dim_head": 12, "t2t_layers": ((3, 2), (3, 2))}),
-    "cross-vit": ("cross_vit", "CrossViT", {"image_size": 32, "depth": 2, "sm_dim": 40, "lg_dim": 56, "sm_patch_size": 8, "lg_patch_size": 16,
-        "sm_enc_depth": 1, "lg_enc_depth": 1, "sm_enc_heads": 3, "lg_enc_heads": 3, "sm_enc_mlp_dim": 60, "lg_enc_mlp_dim": 70,
-        "sm_enc_dim_head": 12, "lg_enc_dim_head": 12, "cross_attn_dim_head": 12, "cross_attn_heads": 3}),
-    "crossformer": ("crossformer", "CrossFormer", {"dim": (64, 72, 80, 96), "depth": (1, 1, 1, 1), "global_window_size": (2, 2, 2, 1), "local_window_size": (2, 2, 2, 1)}),
-    "cct": ("cct", "CCT", {"img_size": 32, "embedding_dim": 48, "n_conv_layers": 2, "kernel_size": 3, "stride": 2, "padding": 1, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2.0}),
-    "levit": ("levit", "LeViT", {"image_size": 64, "dim": (32, 40, 48), "depth": 1, "heads": (2, 3, 4), "mlp_mult": 2, "dim_key": 8, "dim_value": 12}),
-    "mobile-vit": ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [36, 40, 44], "channels": [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 40]}),
+    "t2t": (
+        "t2t",
+        "T2TViT",
+        {"image_size": 32, "dim": 48, "depth": 2, "heads": 4, "mlp_dim": 80, "dim_head": 12, "t2t_layers": ((3, 2), (3, 2))},
+    ),
+    "cross-vit": (
+        "cross_vit",
+        "CrossViT",
+        {
+            "image_size": 32,
+            "depth": 2,
+            "sm_dim": 40,
+            "lg_dim": 56,
+            "sm_patch_size": 8,
+            "lg_patch_size": 16,
+            "sm_enc_depth": 1,
+            "lg_enc_depth": 1,
+            "sm_enc_heads": 3,
+            "lg_enc_heads": 3,
+            "sm_enc_mlp_dim": 60,
+            "lg_enc_mlp_dim": 70,
+            "sm_enc_dim_head": 12,
+            "lg_enc_dim_head": 12,
+            "cross_attn_dim_head": 12,
+            "cross_attn_heads": 3,
+        },
+    ),
+    "crossformer": (
+        "crossformer",
+        "CrossFormer",
+        {"dim": (64, 72, 80, 96), "depth": (1, 1, 1, 1), "global_window_size": (2, 2, 2, 1), "local_window_size": (2, 2, 2, 1)},
+    ),
+    "cct": (
+        "cct",
+        "CCT",
+        {
+            "img_size": 32,
+            "embedding_dim": 48,
+            "n_conv_layers": 2,
+            "kernel_size": 3,
+            "stride": 2,
+            "padding": 1,
+            "num_layers": 2,
+            "num_heads": 4,
+            "mlp_ratio": 2.0,
+        },
+    ),
+    "levit": (
+        "levit",
+        "LeViT",
+        {"image_size": 64, "dim": (32, 40, 48), "depth": 1, "heads": (2, 3, 4), "mlp_mult": 2, "dim_key": 8, "dim_value": 12},
+    ),
+    "mobile-vit": (
+        "mobile_vit",
+        "MobileViT",
+        {"image_size": (64, 64), "dims": [36, 40, 44], "channels": [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 40]},
+    ),
     "max-vit": ("max_vit", "MaxViT", {"dim": 24, "depth": (1, 1), "dim_head": 8, "window_size": 2, "dim_conv_stem": 12}),
     "cvt": ("cvt", "CvT", {}),
-    "pit": ("pit", "PiT", {"image_size": 32, "patch_size": 4, "dim": 48, "depth": (2, 2), "heads": 4, "mlp_dim": 80, "dim_head": 12}),
-    "nest": ("nest", "NesT", {"image_size": 32, "patch_size": 4, "dim": 24, "heads": 3, "num_hierarchies": 2, "block_repeats": (1, 1)}),
+    "pit": (
+        "pit",
+        "PiT",
+        {"image_size": 32, "patch_size": 4, "dim": 48, "depth": (2, 2), "heads": 4, "mlp_dim": 80, "dim_head": 12},
+    ),
+    "nest": (
+        "nest",
+        "NesT",
+        {"image_size": 32, "patch_size": 4, "dim": 24, "heads": 3, "num_hierarchies": 2, "block_repeats": (1, 1)},
+    ),
     "xcit": ("xcit", "XCiT", {**VIT, "dim_head": 12, "cls_depth": 2}),
-    "twins": ("twins_svt", "TwinsSVT", {"s1_emb_dim": 16, "s2_emb_dim": 24, "s3_emb_dim": 32, "s4_emb_dim": 40, "s1_patch_size": 2, "s1_local_patch_size": 2, "s2_local_patch_size": 2, "s3_local_patch_size": 2, "s1_depth": 1, "s2_depth": 1, "s3_depth": 1, "s4_depth": 1, "s1_global_k": 2, "s2_global_k": 2, "s3_global_k": 2, "s4_global_k": 1}),
+    "twins": (
+        "twins_svt",
+        "TwinsSVT",
+        {
+            "s1_emb_dim": 16,
+            "s2_emb_dim": 24,
+            "s3_emb_dim": 32,
+            "s4_emb_dim": 40,
+            "s1_patch_size": 2,
+            "s1_local_patch_size": 2,
+            "s2_local_patch_size": 2,
+            "s3_local_patch_size": 2,
+            "s1_depth": 1,
+            "s2_depth": 1,
+            "s3_depth": 1,
+            "s4_depth": 1,
+            "s1_global_k": 2,
+            "s2_global_k": 2,
+            "s3_global_k": 2,
+            "s4_global_k": 1,
+        },
+    ),
     "regionvit": ("regionvit", "RegionViT", {"dim": (16, 24, 32, 40), "depth": (1, 1, 1, 1), "window_size": 2}),
-    "scalable-vit": ("scalable_vit", "ScalableViT", {"dim": 16, "heads": (2, 2, 2, 4), "depth": (1, 1, 1, 1), "ssa_dim_key": 8, "reduction_factor": (2, 2, 1, 1), "window_size": (2, 2, None, None)}),
+    "scalable-vit": (
+        "scalable_vit",
+        "ScalableViT",
+        {
+            "dim": 16,
+            "heads": (2, 2, 2, 4),
+            "depth": (1, 1, 1, 1),
+            "ssa_dim_key": 8,
+            "reduction_factor": (2, 2, 1, 1),
+            "window_size": (2, 2, None, None),
+        },
+    ),
     "sep-vit": ("sep_vit", "SepViT", {"dim": 16, "dim_head": 8, "heads": (1, 2, 4), "depth": (1, 1, 1), "image_size": 112}),
-}  # fmt: skip
+}
 for _name, (_module, _class, _settings) in VITS.items():
     NETWORKS[f"vit-pytorch/{_name}"] = lambda m=_module, c=_class, s=_settings: _vit(m, c, **s)
 
@@ -314,7 +412,9 @@ for _name, (_module, _class, _settings) in VITS.items():
 def _() -> Stranger:
     from vit_pytorch.vit_3d import ViT
 
-    model = ViT(image_size=16, image_patch_size=8, frames=8, frame_patch_size=4, num_classes=10, dim=48, depth=2, heads=4, mlp_dim=80)
+    model = ViT(
+        image_size=16, image_patch_size=8, frames=8, frame_patch_size=4, num_classes=10, dim=48, depth=2, heads=4, mlp_dim=80
+    )
     return Stranger(model, (torch.randn(2, 3, 8, 16, 16),), (torch.randn(3, 3, 8, 16, 16),))
 
 
@@ -369,7 +469,13 @@ def _diffusers(name: str, inputs: Inputs, other: Inputs, **settings: Any) -> Str
 @stranger("diffusers/UNet2DModel")
 def _() -> Stranger:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"sample_size": 16, "block_out_channels": (24, 40), "norm_num_groups": 4, "attention_head_dim": 8, "layers_per_block": 1}
+    sizes = {
+        "sample_size": 16,
+        "block_out_channels": (24, 40),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "layers_per_block": 1,
+    }
     step = torch.tensor(5)
     return _diffusers("UNet2DModel", (images(2, 16), step), (images(3, 24), step), **blocks, **sizes)
 
@@ -377,7 +483,13 @@ def _() -> Stranger:
 @stranger("diffusers/UNet2DConditionModel")
 def _() -> Stranger:
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    sizes = {"sample_size": 16, "block_out_channels": (24, 48), "norm_num_groups": 4, "attention_head_dim": 4, "layers_per_block": 1}
+    sizes = {
+        "sample_size": 16,
+        "block_out_channels": (24, 48),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+    }
     step = torch.tensor(5)
     first, second = (images(2, 16, 4), step, series(2, 7, 36)), (images(3, 24, 4), step, series(3, 9, 36))
     return _diffusers("UNet2DConditionModel", first, second, cross_attention_dim=36, **blocks, **sizes)
@@ -401,46 +513,165 @@ def _() -> Stranger:
 @stranger("diffusers/PixArtTransformer2DModel")
 def _() -> Stranger:
     sizes = {"num_attention_heads": 4, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "cross_attention_dim": 48}
+
     def inputs(batch: int, length: int) -> dict[str, Any]:
-        return {"hidden_states": images(batch, 8, 4), "encoder_hidden_states": series(batch, length, 36), "timestep": torch.arange(batch),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return _diffusers("PixArtTransformer2DModel", inputs(2, 7), inputs(3, 9), caption_channels=36, use_additional_conditions=False, **sizes)
+        return {
+            "hidden_states": images(batch, 8, 4),
+            "encoder_hidden_states": series(batch, length, 36),
+            "timestep": torch.arange(batch),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    return _diffusers(
+        "PixArtTransformer2DModel", inputs(2, 7), inputs(3, 9), caption_channels=36, use_additional_conditions=False, **sizes
+    )
 
 
 @stranger("diffusers/SD3Transformer2DModel")
 def _() -> Stranger:
-    sizes = {"sample_size": 8, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 4, "joint_attention_dim": 36,
-        "caption_projection_dim": 48, "pooled_projection_dim": 28, "pos_embed_max_size": 8, "in_channels": 4, "out_channels": 4}
+    sizes = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "attention_head_dim": 12,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 36,
+        "caption_projection_dim": 48,
+        "pooled_projection_dim": 28,
+        "pos_embed_max_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+
     def inputs(batch: int, length: int) -> dict[str, Any]:
-        return {"hidden_states": images(batch, 8, 4), "encoder_hidden_states": series(batch, length, 36),
-            "pooled_projections": torch.randn(batch, 28), "timestep": torch.arange(batch)}
+        return {
+            "hidden_states": images(batch, 8, 4),
+            "encoder_hidden_states": series(batch, length, 36),
+            "pooled_projections": torch.randn(batch, 28),
+            "timestep": torch.arange(batch),
+        }
+
     return _diffusers("SD3Transformer2DModel", inputs(2, 7), inputs(3, 9), **sizes)
 
 
 @stranger("diffusers/FluxTransformer2DModel")
 def _() -> Stranger:
-    sizes = {"in_channels": 8, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 12, "num_attention_heads": 4,
-        "joint_attention_dim": 36, "pooled_projection_dim": 28, "axes_dims_rope": (4, 4, 4), "guidance_embeds": False}
+    sizes = {
+        "in_channels": 8,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 12,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 36,
+        "pooled_projection_dim": 28,
+        "axes_dims_rope": (4, 4, 4),
+        "guidance_embeds": False,
+    }
+
     def inputs(batch: int, length: int) -> dict[str, Any]:
-        return {"hidden_states": series(batch, 16, 8), "encoder_hidden_states": series(batch, length, 36), "pooled_projections": torch.randn(batch, 28),
-            "timestep": torch.arange(batch).float(), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(length, 3)}
+        return {
+            "hidden_states": series(batch, 16, 8),
+            "encoder_hidden_states": series(batch, length, 36),
+            "pooled_projections": torch.randn(batch, 28),
+            "timestep": torch.arange(batch).float(),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(length, 3),
+        }
+
     return _diffusers("FluxTransformer2DModel", inputs(2, 7), inputs(3, 9), **sizes)
 
 
 MONAI: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
-    "UNet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "channels": (8, 12, 20), "strides": (2, 2), "num_res_units": 2}, 1, 32, 48, 2),
+    "UNet": (
+        {"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "channels": (8, 12, 20), "strides": (2, 2), "num_res_units": 2},
+        1,
+        32,
+        48,
+        2,
+    ),
     "BasicUNet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "features": (8, 12, 16, 20, 24, 8)}, 1, 32, 48, 2),
-    "AttentionUnet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "channels": (8, 12, 20), "strides": (2, 2)}, 1, 32, 48, 2),
-    "DynUNet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "filters": (8, 12, 20)}, 1, 32, 48, 2),
+    "AttentionUnet": (
+        {"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "channels": (8, 12, 20), "strides": (2, 2)},
+        1,
+        32,
+        48,
+        2,
+    ),
+    "DynUNet": (
+        {
+            "spatial_dims": 2,
+            "in_channels": 1,
+            "out_channels": 3,
+            "kernel_size": (3, 3, 3),
+            "strides": (1, 2, 2),
+            "upsample_kernel_size": (2, 2),
+            "filters": (8, 12, 20),
+        },
+        1,
+        32,
+        48,
+        2,
+    ),
     "SegResNet": ({"spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 3}, 1, 16, 24, 3),
-    "UNETR": ({"in_channels": 1, "out_channels": 3, "img_size": 32, "feature_size": 8, "hidden_size": 48, "mlp_dim": 80, "num_heads": 4, "spatial_dims": 2}, 1, 32, 32, 2),
-    "SwinUNETR": ({"in_channels": 1, "out_channels": 3, "feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (2, 3, 4, 6), "spatial_dims": 2, "window_size": 4}, 1, 64, 64, 2),
+    "UNETR": (
+        {
+            "in_channels": 1,
+            "out_channels": 3,
+            "img_size": 32,
+            "feature_size": 8,
+            "hidden_size": 48,
+            "mlp_dim": 80,
+            "num_heads": 4,
+            "spatial_dims": 2,
+        },
+        1,
+        32,
+        32,
+        2,
+    ),
+    "SwinUNETR": (
+        {
+            "in_channels": 1,
+            "out_channels": 3,
+            "feature_size": 12,
+            "depths": (1, 1, 1, 1),
+            "num_heads": (2, 3, 4, 6),
+            "spatial_dims": 2,
+            "window_size": 4,
+        },
+        1,
+        64,
+        64,
+        2,
+    ),
     "VNet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 2}, 1, 32, 48, 2),
     "HighResNet": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3}, 1, 32, 48, 2),
     "DenseNet121": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 3}, 1, 64, 96, 2),
-    "AutoEncoder": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (8, 12, 20), "strides": (2, 2, 2)}, 1, 32, 48, 2),
-    "ViT": ({"in_channels": 1, "img_size": 32, "patch_size": 8, "hidden_size": 48, "mlp_dim": 80, "num_layers": 2, "num_heads": 4, "classification": True, "num_classes": 5, "spatial_dims": 2}, 1, 32, 32, 2),
-}  # fmt: skip
+    "AutoEncoder": (
+        {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (8, 12, 20), "strides": (2, 2, 2)},
+        1,
+        32,
+        48,
+        2,
+    ),
+    "ViT": (
+        {
+            "in_channels": 1,
+            "img_size": 32,
+            "patch_size": 8,
+            "hidden_size": 48,
+            "mlp_dim": 80,
+            "num_layers": 2,
+            "num_heads": 4,
+            "classification": True,
+            "num_classes": 5,
+            "spatial_dims": 2,
+        },
+        1,
+        32,
+        32,
+        2,
+    ),
+}
 
 
 def _monai(name: str) -> Stranger:
@@ -522,10 +753,21 @@ def _() -> Stranger:
 def _() -> Stranger:
     from torchaudio.models import wav2vec2_model
 
-    sizes = {"encoder_embed_dim": 48, "encoder_num_layers": 2, "encoder_num_heads": 4, "encoder_ff_interm_features": 80,
-        "encoder_pos_conv_kernel": 8, "encoder_pos_conv_groups": 4}
-    off = {f"encoder_{name}": 0.0 for name in ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")}
-    model = wav2vec2_model("group_norm", [(20, 10, 5), (24, 3, 2)], False, encoder_layer_norm_first=False, aux_num_out=9, **sizes, **off)
+    sizes = {
+        "encoder_embed_dim": 48,
+        "encoder_num_layers": 2,
+        "encoder_num_heads": 4,
+        "encoder_ff_interm_features": 80,
+        "encoder_pos_conv_kernel": 8,
+        "encoder_pos_conv_groups": 4,
+    }
+    off = {
+        f"encoder_{name}": 0.0
+        for name in ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
+    }
+    model = wav2vec2_model(
+        "group_norm", [(20, 10, 5), (24, 3, 2)], False, encoder_layer_norm_first=False, aux_num_out=9, **sizes, **off
+    )
     return Stranger(model, (waves(2, 640)[:, 0],), (waves(3, 960)[:, 0],))
 
 
@@ -562,7 +804,10 @@ def _graph(name: str, **settings: Any) -> Stranger:
 
 
 for _name in ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN"):
-    _extra: dict[str, Any] = {"GAT": {"heads": 3}, "PNA": {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": torch.tensor([0, 0, 0, 13])}}.get(_name, {})
+    _extra: dict[str, Any] = {
+        "GAT": {"heads": 3},
+        "PNA": {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": torch.tensor([0, 0, 0, 13])},
+    }.get(_name, {})
     NETWORKS[f"torch-geometric/{_name}"] = lambda name=_name, extra=_extra: _graph(name, **extra)
 
 
@@ -574,7 +819,9 @@ def _features() -> list[Any]:
 
 def _rows(batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([torch.randint(0, 11, (batch, 4), generator=generator).float(), torch.randn(batch, 3, generator=generator)], dim=1)
+    return torch.cat(
+        [torch.randint(0, 11, (batch, 4), generator=generator).float(), torch.randn(batch, 3, generator=generator)], dim=1
+    )
 
 
 def _click(name: str, **settings: Any) -> Stranger:
@@ -600,7 +847,9 @@ def _() -> Stranger:
 def _() -> Stranger:
     from tab_transformer_pytorch import TabTransformer
 
-    model = TabTransformer(categories=(5, 6, 7), num_continuous=4, dim=32, dim_out=3, depth=2, heads=4, dim_head=8, mlp_act=nn.ReLU())
+    model = TabTransformer(
+        categories=(5, 6, 7), num_continuous=4, dim=32, dim_out=3, depth=2, heads=4, dim_head=8, mlp_act=nn.ReLU()
+    )
     return Stranger(model, (tokens(5, 3, 5), series(1, 5, 4)[0]), (tokens(7, 3, 5), series(1, 7, 4)[0]))
 
 
@@ -679,7 +928,9 @@ def _() -> Stranger:
 def _forecast(module: str, name: str, inputs: Callable[[int], dict[str, Tensor]], **settings: Any) -> Stranger:
     import importlib
 
-    model = getattr(importlib.import_module(f"gluonts.torch.model.{module}.module"), name)(prediction_length=6, context_length=24, **settings)
+    model = getattr(importlib.import_module(f"gluonts.torch.model.{module}.module"), name)(
+        prediction_length=6, context_length=24, **settings
+    )
     return Stranger(model, inputs(5), inputs(7))
 
 
@@ -701,4 +952,9 @@ def _() -> Stranger:
 
 @stranger("gluonts/SimpleFeedForward")
 def _() -> Stranger:
-    return _forecast("simple_feedforward", "SimpleFeedForwardModel", lambda batch: {"past_target": _past(batch)["past_target"]}, hidden_dimensions=[20, 28])
+    return _forecast(
+        "simple_feedforward",
+        "SimpleFeedForwardModel",
+        lambda batch: {"past_target": _past(batch)["past_target"]},
+        hidden_dimensions=[20, 28],
+    )

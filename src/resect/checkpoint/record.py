@@ -73,7 +73,7 @@ def check_record(value: Any, where: str) -> None:
 
 Size = Annotated[int, Field(strict=True, ge=0, le=2**31)]
 Name = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z0-9_.]*$")]
-Attribute = Annotated[str, Field(max_length=200, pattern=r"^(config\.)?[A-Za-z][A-Za-z0-9_]*$")]
+Attribute = Annotated[str, Field(max_length=200, pattern=r"^((config\.)?[A-Za-z]|_)[A-Za-z0-9_]*(/[A-Za-z0-9_]+)*$")]
 Block = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z0-9_.]+\.[0-9]{1,5}$")]
 Number = Annotated[int, Field(strict=True, ge=-(2**31), le=2**31)] | Annotated[float, Field(allow_inf_nan=False)]
 

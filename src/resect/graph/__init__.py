@@ -5,7 +5,7 @@ from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frame, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
-from resect.graph.trace import Replay, Watcher, retrace, trace
+from resect.graph.trace import Replay, Watcher, reachable, retrace, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "kept_length",
     "length",
     "op_rule",
+    "reachable",
     "retrace",
     "trace",
 ]

@@ -129,7 +129,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         recorder.vocabulary.refuse("the network's code looks at the values of tensors")
     try:
         with mode or nullcontext(), torch.no_grad(), _traceable(model) as changes, recorder.watching():
-            given = {id(tensor) for tensor in (*state.values(), *_reachable(args, kwargs))}
+            given = {id(tensor) for tensor in (*state.values(), *reachable(args, kwargs))}
             with recorder, uncached(), recorder.functions:
                 output = torch.func.functional_call(model, state, args, kwargs)
             left_on = changes.left_on()
@@ -141,7 +141,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
             f"{problem}. Pass example_inputs that the network accepts, or an eager attention implementation."
         ) from problem
     stateful = _Stateful(model, state, (args, kwargs), left_on, mode) if fake else None
-    handed = _reachable(args, kwargs, *(left_on if stateful is None else stateful.written_only()).values())
+    handed = reachable(args, kwargs, *(left_on if stateful is None else stateful.written_only()).values())
     recorder.outputs(output, [tensor for tensor in handed if id(tensor) not in given])
     recorder.decide()
     if fake and any(id(state[name]) not in recorder.used for name in parameters):
@@ -638,7 +638,7 @@ class Recorder(Watcher):
         `handed` are tensors that it left elsewhere: in containers that it was given, or as attributes.
         """
         self._forget()
-        out = _reachable(value)
+        out = reachable(value)
         tensors = [*out, *(tensor for tensor in handed if id(tensor) in self._axes)]
         for tensor in tensors:
             if (numbers := self._numbers.get(id(tensor))) is not None:
@@ -895,7 +895,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def _reachable(*values: Any) -> list[Tensor]:
+def reachable(*values: Any) -> list[Tensor]:
     """Every tensor inside nested containers and plain objects: data classes, namespaces, records."""
     found: dict[int, Tensor] = {}
     known: set[int] = set()
@@ -1086,7 +1086,7 @@ class Unwritten(TorchDispatchMode):
         held = [value for module in model.modules() for key, value in vars(module).items() if key not in TABLES_OF_MODULES]
         with _disable_current_modes():
             self._state = [(tensor, tensor.data) for _, tensor in _state(model)]
-            noted = [(tensor, tensor.data) for tensor in _reachable(*held)]  # tensors that are no buffers
+            noted = [(tensor, tensor.data) for tensor in reachable(*held)]  # tensors that are no buffers
         self._own = {memory(data): data for _, data in (*self._state, *noted) if not data.is_sparse}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -30,9 +30,9 @@ Attributes = dict[str, dict[str, Any]]
 Census = dict[type[nn.Module], list[tuple[str, int | None, nn.Module, dict[str, int]]]]
 AT_ONCE = 3
 """How many attributes of one module may have to change together."""
-DEEPEST, MOST_HELD = 3, 64
+DEEPEST, MOST_HELD = 3, 256
 """How deep numbers are looked for inside what a module holds, and among how many things in one place."""
-TABLES = ("_parameters", "_buffers", "_modules", "config", "generation_config")
+TABLES = ("_parameters", "_buffers", "_modules", "generation_config")
 """What a module holds under its own names that is looked into elsewhere, or not at all."""
 GROUPS = ("groups", "num_groups")
 """Attributes that say into how many groups of channels the leading axis of a weight falls."""
@@ -359,13 +359,14 @@ def _concerns(group: Group, module: nn.Module, where: str) -> bool:
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The numbers that a module keeps, by name: its own, those inside what it holds, and those of its configuration."""
+    config: Any = getattr(module, "config", None)
+    fields = hasattr(config, "to_dict")
     for name, value in vars(module).items():
         if type(value) is int and value > 0:
             yield name, value
-        elif name not in TABLES and INSIDE not in name:
+        elif name not in TABLES and INSIDE not in name and not (fields and name == "config"):
             yield from _inside(name, value, DEEPEST)
-    config = getattr(module, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
+    if fields:
         for name, value in config.to_dict().items():
             if type(value) is int and value > 0:
                 yield f"config.{name}", value
@@ -397,9 +398,9 @@ def _held(holder: Any) -> Iterator[tuple[Any, Any]]:
 def _last_word(module: nn.Module, name: str) -> str:
     """The last word of what a number is called: by its key, or by the text that stands in front of it in a pair."""
     first, *keys = name.split(INSIDE)
-    holder = vars(module).get(first)
+    holder: Any = vars(module).get(first)
     for key in keys[:-1]:
-        holder = dict((str(name), value) for name, value in _held(holder)).get(key)
+        holder = {str(name): value for name, value in _held(holder)}.get(key)
     pair = isinstance(holder, tuple | list) and len(holder) == 2 and isinstance(holder[0], str)
     key = holder[0] if pair else keys[-1] if keys else first
     return str(key).rpartition(".")[2].rpartition("_")[2]

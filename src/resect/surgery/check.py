@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -17,19 +18,18 @@ from resect.plan import Plan
 from resect.surgery.cut import cut
 from resect.surgery.gather import Kept, gather
 from resect.surgery.mask import masked
+from resect.surgery.situations import TOKENS, Inputs, Witnessed, key, learn, numbered, run, situations, witness
 from resect.surgery.vocabulary import kept_tokens
 from resect.surroundings import unaffected
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a network is called with."""
-TOKENS = "input_ids"
-"""How arguments that are numbers of tokens are called, alone or at the end of a name."""
 SHAPE = (2, 16)
 """Sequences and tokens of the check."""
 TOLERANCE = 1e-4
 """Largest logit difference as a share of the logits' standard deviation, where rounding allows it."""
 CACHED = 1e-2
 """The same for a token that is computed from a cache: other kernels, other orders of sums."""
+ELSEWHERE = 10
+"""How many times what is allowed a difference may reach at other sizes and in training, where statistics round more."""
 ROUNDING = 16
 """How many times the effect of one rounding error per block the difference may reach in deep models."""
 
@@ -42,18 +42,24 @@ def cut_and_check(model: nn.Module, plan: Plan, graph: Graph, *, seed: int = 0) 
     Gives the largest difference of outputs and what was allowed, both as shares of the outputs' standard deviation. Allowed
     is 1e-4, or a few times what rounding alone does to this model: one relative error of machine precision after every block,
     measured. Half-precision models are widened to float32 meanwhile.
-    Raises `NumericsError` above that: discovery has missed a coupling; and `ModelError` for a language model that cannot go on
-    from a cache any more, though the dense one can.
+    The same must hold in other situations, as far as the dense network takes them: another batch size, another length or
+    resolution, padding, training.
+    Raises `NumericsError` above that: discovery has missed a coupling; and `ModelError` for a network that stops where the
+    dense one runs, and for a language model that cannot go on from a cache any more, though the dense one can.
     """
     keep = kept_tokens(graph, plan)
-    before, after = _inputs(model, graph, keep, seed)
-    writes = tokens_alone(model, graph.witness.example) and not _stopped(model, before)
+    text = tokens_alone(model, graph.witness.example)
+    after = _inputs(model, graph, keep, seed)
+    before = numbered(after, keep)
+    writes = text and not _stopped(model, before)
     with masked(model, plan, graph), _widened(model):
         expected = _of_tokens(outputs_of(model, before), keep)
         with _rounding_errors(model, graph, seed):
             disturbed = _of_tokens(outputs_of(model, before), keep)
+        elsewhere = witness(model, situations(after, text=text), keep)
     cut(model, plan, graph)
     found = _compared(model, after, expected, disturbed)
+    _compare_elsewhere(model, elsewhere, found["allowed"])
     if writes and (problem := _stopped(model, after)):
         raise ModelError(
             f"The cut model cannot go on from its cache, as the dense one can, so that it would write no text: {problem}. "
@@ -90,7 +96,7 @@ def gather_and_check(model: nn.Module, kept: Mapping[str, Kept], graph: Graph, *
 
     Gives and raises what `cut_and_check` does.
     """
-    inputs, _ = _inputs(model, graph, None, seed)
+    inputs = _inputs(model, graph, None, seed)
     with _widened(model):
         expected = outputs_of(model, inputs)
         with _rounding_errors(model, graph, seed):
@@ -99,30 +105,53 @@ def gather_and_check(model: nn.Module, kept: Mapping[str, Kept], graph: Graph, *
     return _compared(model, inputs, expected, disturbed)
 
 
+def _compare_elsewhere(model: nn.Module, elsewhere: Sequence[Witnessed], allowed: float) -> None:
+    """Holds the cut network against what the masked one did in other situations. Raises as `cut_and_check` does."""
+    for seen in elsewhere:
+        situation = seen.situation
+        try:
+            with _widened(model):
+                outputs = run(model, situation, situation.inputs)
+                if situation.training:
+                    learn(model, situation.inputs)
+        except Exception as problem:  # whatever a stranger's code raises
+            raise ModelError(
+                f"The cut model stops {situation.name}, where the dense one runs: {type(problem).__name__}: "
+                f"{str(problem)[:200]}. Restrict the kinds that are cut to go on."
+            ) from problem
+        if seen.outputs is None:
+            continue
+        same = outputs.shape == seen.outputs.shape
+        difference = _difference(seen.outputs, outputs) if same else inf
+        if not difference <= ELSEWHERE * allowed:
+            raise _differing(difference, ELSEWHERE * allowed, f" {situation.name}")
+
+
 def _compared(model: nn.Module, inputs: Inputs, expected: Tensor, disturbed: Tensor) -> dict[str, float]:
     with _widened(model):
         difference = _difference(expected, outputs_of(model, inputs))
     allowed = max(TOLERANCE, ROUNDING * _difference(expected, disturbed))
     if not difference <= allowed:
-        raise NumericsError(
-            f"The cut model does not compute what the masked model computes: outputs differ by {difference:.2e} of their scale, "
-            f"{allowed:.0e} is allowed. Please report the architecture; restrict the kinds that are cut to go on."
-        )
+        raise _differing(difference, allowed)
     return {"difference": difference, "allowed": allowed}
 
 
-def _inputs(model: nn.Module, graph: Graph, keep: Tensor | None, seed: int) -> tuple[Inputs, Inputs]:
-    """Random inputs of the masked and of the cut network; tokens have other numbers there where the vocabulary is cut."""
+def _differing(difference: float, allowed: float, where: str = "") -> NumericsError:
+    return NumericsError(
+        f"The cut model does not compute what the masked model computes{where}: outputs differ by {difference:.2e} of their "
+        f"scale, {allowed:.0e} is allowed. Please report the architecture; restrict the kinds that are cut to go on."
+    )
+
+
+def _inputs(model: nn.Module, graph: Graph, keep: Tensor | None, seed: int) -> Inputs:
+    """Random inputs of the cut network: tokens have the numbers that they have in it."""
     if tokens_alone(model, graph.witness.example):
         generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
-        stays = torch.arange(_vocabulary(model)) if keep is None else keep
         shape = (SHAPE[0], min(SHAPE[1], positions_of(model) or SHAPE[1]))
-        tokens = torch.randint(len(stays), shape, generator=generator)
-        before, after = ({"input_ids": given.to(device), "use_cache": False} for given in (stays[tokens], tokens))
-        return ((), before), ((), after)
-    like = inputs_like(graph.witness.example, model, seed, rows=None if keep is None else len(keep))
-    return (like if keep is None else _numbered(like, keep)), like
+        tokens = torch.randint(_vocabulary(model) if keep is None else len(keep), shape, generator=generator)
+        return (), {TOKENS: tokens.to(device), "use_cache": False}
+    return inputs_like(graph.witness.example, model, seed, rows=None if keep is None else len(keep))
 
 
 def tokens_alone(model: nn.Module, example: Inputs) -> bool:
@@ -144,7 +173,7 @@ def inputs_like(example: Inputs, model: nn.Module, seed: int, *, rows: int | Non
     def random(path: Any, given: Any) -> Any:
         if not isinstance(given, Tensor):
             return given
-        shape, name = tuple(given.shape), _key(path)
+        shape, name = tuple(given.shape), key(path)
         if given.is_floating_point():
             return torch.randn(shape, generator=generator).to(device, given.dtype)
         if name.endswith(TOKENS) and most:
@@ -153,22 +182,6 @@ def inputs_like(example: Inputs, model: nn.Module, seed: int, *, rows: int | Non
 
     like: Inputs = tree_map_with_path(random, example)
     return like
-
-
-def _numbered(inputs: Inputs, keep: Tensor) -> Inputs:
-    """The inputs with the numbers that their tokens had before the vocabulary was cut."""
-
-    def before(path: Any, given: Any) -> Any:
-        tokens = isinstance(given, Tensor) and not given.is_floating_point() and _key(path).endswith(TOKENS)
-        return keep.to(given.device)[given] if tokens else given
-
-    numbered: Inputs = tree_map_with_path(before, inputs)
-    return numbered
-
-
-def _key(path: Any) -> str:
-    """The last name on the way to a leaf; empty for places in a sequence."""
-    return str(getattr(path[-1], "key", "")) if path else ""
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -183,7 +196,8 @@ def _of_tokens(logits: Tensor, keep: Tensor | None) -> Tensor:
 
 def _difference(expected: Tensor, found: Tensor) -> float:
     expected, found = expected.double(), found.double()
-    return float((expected - found).abs().max() / expected.std().clamp_min(1e-30))
+    scale = expected.std() if expected.numel() > 1 else expected.abs().mean()
+    return float((expected - found).abs().max() / scale.clamp_min(1e-30))
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:

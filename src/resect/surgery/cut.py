@@ -128,7 +128,7 @@ def _record(model: nn.Module, plan: Plan, graph: Graph) -> Record:
         removed=blocks,
     )
     if gone:
-        _try(model, graph, record, removed)
+        _try(model, graph, plan, record, removed)
     return record
 
 
@@ -138,7 +138,7 @@ def _stand_in(silence: Silence, kept: Mapping[Atom, int]) -> dict[str, int]:
     return {"width": kept_length(silence.width, kept), **along, "returns": silence.returns}
 
 
-def _try(model: nn.Module, graph: Graph, record: Record, removed: Mapping[str, int]) -> None:
+def _try(model: nn.Module, graph: Graph, plan: Plan, record: Record, removed: Mapping[str, int]) -> None:
     """Runs the network on fake tensors without its removed blocks and sub-layers; what is left must run as it did."""
 
     def prepare(model: nn.Module) -> list[nn.Module]:
@@ -149,7 +149,10 @@ def _try(model: nn.Module, graph: Graph, record: Record, removed: Mapping[str, i
     gone = [*record.silent, *record.removed]
     reached, where, problem = Replay(model, graph, removed, record.shapes).run(prepare, gone=gone)
     if reached < inf:
+        units = [*removed_blocks(graph, plan), *(sublayer.name for sublayer in removed_sublayers(graph, plan))]
+        near = [name for name in units if where and name.startswith(f"{where}.")]
         raise ModelError(
             f"{type(model).__name__} cannot do without {', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}: its code in "
-            f"{where or 'the model'} does not run as before ({problem}). Leave out blocks and sublayers of this model."
+            f"{where or 'the model'} does not run as before ({problem}). Leave out blocks and sublayers of this model.",
+            near or units,
         )

@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 Record = Mapping[str, Any]
 """What was cut, in dense numbering: `{"shapes": {parameter: sizes}, "attributes": {module: {name: value}},
-"silent": {module: {"width": size, "axis": from the end, "returns": items}}, "gathered": {module: {"rows": count, "columns": count}},
-"removed": [block]}`; a count that is None means all. Which rows and columns a gathered layer keeps lies beside its weight."""
+"silent": {module: {"width": size, "axis": from the end, "returns": items}},
+"gathered": {module: {"rows": count, "columns": count}}, "removed": [block]}`;
+a count that is None means all. Which rows and columns a gathered layer keeps lies beside its weight."""
 
 PREFIX = "Resect"
 # Between the keys that lead to a number inside an attribute: `lengths/h` is `module.lengths["h"]`.
@@ -42,6 +43,8 @@ SIZES = {
 }
 # What a module does not hand on to the one that stands in for it.
 OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl")
+# Attributes in which every module keeps what torch needs.
+RESERVED = frozenset((*vars(nn.Module()), *OWN))
 # The parts of a record.
 KINDS = {"shapes": dict, "attributes": dict, "silent": dict, "gathered": dict, "removed": list}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -102,12 +105,12 @@ def check(record: Record) -> None:
         for name, value in values.items():
             field = str(name).removeprefix("config.")
             sound = value is None or isinstance(value, int | float) or _are_numbers(value)
-            keys = field.split(INSIDE)
-            if len(keys) > 1:
-                named = all(key.isidentifier() or key.isdecimal() for key in keys) and "__" not in field
-                sound = named and type(value) is int
-            elif field.startswith("_") or not field.isidentifier():
+            first, *keys = field.split(INSIDE)
+            named = first.isidentifier() and all(key.isidentifier() or key.isdecimal() for key in keys)
+            if not named or "__" in field or first in RESERVED:
                 sound = False
+            elif keys:
+                sound = type(value) is int
             if not sound:
                 raise _damaged(f"{name} of {module}", value)
     for name, values in silent.items():
