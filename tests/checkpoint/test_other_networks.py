@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,48 @@ def test_what_a_loaded_network_puts_out_is_compared(tmp_path: Path) -> None:
     cut_net(tmp_path)
     with pytest.raises(CheckpointError, match="puts out something else"):
         load_into(Other(), tmp_path / "out")
+
+
+class Held(nn.Module):
+    """Heads whose number stands inside a mapping under a private name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(31, 24), nn.Linear(24, 5)
+        self.qkv, self.out = nn.Linear(24, 96), nn.Linear(32, 24)
+        self._sizes, self._deep = {"heads": 4}, 4
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        q, k, v = (part.unflatten(-1, (self._sizes["heads"], -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*ids.shape, self._deep * 8)
+        out: Tensor = self.head(x + self.out(mixed))
+        return out
+
+
+def halved() -> tuple[Any, Any]:
+    """A network without half of its heads, and its example."""
+    model, ids = Held().eval(), (torch.arange(14).view(2, 7),)
+    graph = resect.trace(model, ids)
+    kept = {"kind": "heads", "layer": None, "units": 4, "keep": [1, 3]}
+    plan = resect.Plan.model_validate({"groups": {group.name: kept for group in graph.of_kind("heads")}})
+    return resect.cut(model, plan, graph), ids
+
+
+def test_numbers_inside_holders_and_under_private_names_are_saved(tmp_path: Path) -> None:
+    model, ids = halved()
+    assert (model._sizes, model._deep) == ({"heads": 2}, 2)
+    save(model, tmp_path / "out", inputs=ids)
+    loaded = load_into(Held().eval(), tmp_path / "out")
+    torch.testing.assert_close(loaded(*ids), model(*ids))
+
+
+@pytest.mark.parametrize("name", ["_modules", "_buffers/head", "training", "__class__", "_a/__b__", "x/../y"])
+def test_what_torch_keeps_is_no_number_of_a_record(name: str, tmp_path: Path) -> None:
+    model, ids = halved()
+    save(model, tmp_path / "out", inputs=ids)
+    noted = json.loads((tmp_path / "out" / "resect.json").read_text())
+    noted["record"]["attributes"][""][name] = 3
+    (tmp_path / "out" / "resect.json").write_text(json.dumps(noted))
+    with pytest.raises(CheckpointError, match=r"damaged|does not fit"):
+        load_into(Held().eval(), tmp_path / "out")

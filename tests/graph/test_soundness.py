@@ -532,3 +532,177 @@ def test_sums_over_what_is_zero_where_it_is_masked(written: str) -> None:
         inputs, wanted = (rows(),), [16, 20]  # type: ignore[assignment]
     assert sorted(group.units for group in resect.trace(net, inputs).groups) == wanted
     assert agrees(net, *inputs)
+
+
+@functools.lru_cache
+def lengths(width: int, heads: int) -> tuple[int, int]:
+    """What einops works out for axes, and keeps."""
+    return heads, width // heads
+
+
+class Cached(nn.Module):
+    """Self-attention that takes the width of a head from a function with a memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.number = nn.Linear(24, 48), nn.Linear(16, 24), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (part.reshape(*part.shape[:-1], *lengths(part.shape[-1], self.number)).transpose(1, 2) for part in parts)
+        weights = torch.einsum("b h i d, b h j d -> b h i j", q, k).softmax(-1)
+        return x + self.out(torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2))
+
+
+def cached() -> nn.Module:
+    return nn.Sequential(nn.Embedding(31, 24), Cached(), Cached(), nn.Linear(24, 5)).eval()
+
+
+def test_a_function_with_a_memory_couples_no_layers() -> None:
+    """The sizes that it gave for the first layer belong to the first layer, and to the first trace."""
+    for _ in range(2):
+        graph = resect.trace(cached(), (words(),))
+        found = [{member.parameter.partition(".")[0] for member in group.members} for group in graph.of_kind("heads")]
+        assert sorted(map(sorted, found)) == [["1"], ["2"]]
+    assert type(lengths(16, 4)[1]) is int
+
+
+def test_one_head_is_left_to_an_einsum() -> None:
+    """torch leaves axes of one position out of the products that it makes of an einsum."""
+    net, ids = cached(), words()
+    graph = resect.trace(net, (ids,))
+    groups = {one.name: Kept(kind=one.kind, layer=one.layer, units=4, keep=(2,)) for one in graph.of_kind("heads")}
+    plan = Plan(groups=groups)
+    with resect.masked(net, plan, graph):
+        expected = net(ids)
+    torch.testing.assert_close(resect.cut(net, plan, graph)(ids), expected)
+
+
+def test_views_like_another_tensor_couple() -> None:
+    """A gate whose result is brought into the shape of what it gates: both have one width."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        stream = self.enter(x)
+        inner = self.update(stream)
+        return self.leave(self.gate(inner.flatten(0, 1), stream.flatten(0, 1)).reshape_as(inner))
+
+    parts = {"enter": nn.Linear(9, 12), "update": nn.Linear(12, 12), "gate": nn.GRUCell(12, 12), "leave": nn.Linear(12, 5)}
+    net = Net(forward, **parts)
+    x = torch.randn(2, 7, 9)
+    graph = resect.trace(net, (x,))
+    assert [group.units for group in graph.groups] == [12]
+    assert agrees(net, x)
+
+
+class Lengths(nn.Module):
+    """Keeps numbers twice, and is built again from one of them when it is copied, as layers of einops are."""
+
+    def __init__(self, **lengths: int) -> None:
+        super().__init__()
+        self.lengths, self.pairs = lengths, tuple(lengths.items())
+
+    def __getstate__(self) -> dict[str, int]:
+        return self.lengths
+
+    def __setstate__(self, lengths: dict[str, int]) -> None:
+        self.__init__(**lengths)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (dict(self.pairs)["h"], -1)).transpose(1, 2)
+
+
+def test_numbers_that_are_kept_twice_follow_together() -> None:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        q, k, v = (self.split(part) for part in self.qkv(x).chunk(3, -1))
+        return self.c(x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    parts = {"e": nn.Embedding(31, 24), "qkv": nn.Linear(24, 96), "o": nn.Linear(32, 24), "c": nn.Linear(24, 5)}
+    net = Net(forward, split=Lengths(h=4), **parts)
+    graph = resect.trace(net, (words(),))
+    assert [group.units for group in graph.of_kind("heads")] == [4]
+    small = resect.cut(net, without_a_third(graph), graph)
+    torch.testing.assert_close(copy.deepcopy(small)(words()), small(words()))
+
+
+@dataclasses.dataclass
+class Config:
+    """As litgpt's: a plain object with many fields, not one of transformers."""
+
+    others: dict[str, int]
+    n_head: int = 4
+    n_groups: int = 2
+    size: int = 8
+
+
+class Grouped(nn.Module):
+    """Grouped queries whose two numbers have to change at once, both in a plain object that the blocks share."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv, self.out = nn.Linear(24, 64), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.config
+        widths = [one.n_head * one.size, one.n_groups * one.size, one.n_groups * one.size]
+        q, k, v = (part.unflatten(-1, (-1, one.size)).transpose(1, 2) for part in self.qkv(x).split(widths, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.blocks, self.head = nn.Embedding(31, 24), nn.ModuleList(blocks), nn.Linear(24, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_plain_configuration_follows_in_every_block_by_itself() -> None:
+    config = Config({f"field{number}": 1000 + number for number in range(90)})
+    net = Decoder(Grouped(config), Grouped(config)).eval()
+    graph = resect.trace(net, (words(),))
+    first, second = graph.of_kind("heads")
+    plan = Plan(groups={first.name: Kept(kind="heads", layer=first.layer, units=2, keep=(1,))})
+    with resect.masked(net, plan, graph):
+        expected = net(words())
+    torch.testing.assert_close(resect.cut(net, plan, graph)(words()), expected)
+    assert (config.n_head, config.n_groups, second.units) == (4, 2, 2)
+
+
+class Gate(nn.Module):
+    """A residual with a gate of its own, so that what a sub-layer puts out has a width of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new, self.old = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.new(x).tanh() * self.old(residual).sigmoid()
+
+
+def test_lists_of_lists_are_blocks_where_something_inside_hands_on_the_stream() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(31, 24), nn.Linear(24, 5)
+            self.layers = nn.ModuleList(nn.ModuleList(self.parts()) for _ in range(3))
+
+        def parts(self) -> list[nn.Module]:
+            return [nn.ModuleList([nn.LayerNorm(24)]), nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24)), Gate()]
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            parts: Any
+            for parts in self.layers:
+                (norm,), mlp, gate = parts
+                x = gate(mlp(norm(x)), x)
+            return self.head(x)
+
+    graph = resect.trace(Parts().eval(), (words(),))
+    assert graph.blocks.count == 3
+    assert {group.layer for group in graph.of_kind("channels")} == {0, 1, 2}

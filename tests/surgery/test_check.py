@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -139,3 +140,80 @@ def test_a_model_that_would_write_no_text_is_refused(block: int, writes: bool) -
     else:
         with pytest.raises(ModelError, match="cannot go on from its cache"):
             resect.prune(model, method="by-hand", settings=settings, layout="per-layer")
+
+
+class Elsewhere(nn.Module):
+    """Goes another way than in the example: `way` is what it does then, with a number that no cut changes."""
+
+    def __init__(self, when: str, *, stops: bool = False) -> None:
+        super().__init__()
+        self.enter, self.leave, self.when, self.stops = nn.Linear(5, 8), nn.Linear(8, 3), when, stops
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        here = {"batch": len(x) != 4, "length": x.shape[1] != 6, "training": self.training}
+        if here[self.when]:
+            x = x.view(*x.shape[:-1], 2, 4).flatten(-2) if self.stops else x / x.shape[-1]
+        return self.leave(x)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize(
+    ("when", "told"),
+    [("batch", "at another batch size"), ("length", "at another length or resolution"), ("training", "in training")],
+)
+def test_what_the_example_does_not_show_is_checked(when: str, told: str, stops: bool) -> None:
+    model = Elsewhere(when, stops=stops).eval()
+    state = copy.deepcopy(model.state_dict())
+    graph = resect.trace(model, (torch.randn(4, 6, 5),))
+    plan = random_plan(graph, 1, uniform=True, kinds=("channels",))
+    error = ModelError if stops else NumericsError
+    with pytest.raises(error, match=f"stops {told}, where the dense one runs" if stops else f"computes {told}: outputs"):
+        cut_and_check(copy.deepcopy(model), plan, graph)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_padding_is_checked() -> None:
+    """A language model that divides by the width of a layer wherever a mask has a zero."""
+    model = FAMILIES["llama"]()
+    inner = model.model.layers[0].mlp
+    dense, forward = inner.gate_proj.out_features, inner.forward
+    padded = {"now": False}
+
+    def noted(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        padded["now"] = mask is not None and bool((mask == 0).any())
+
+    model.register_forward_pre_hook(noted, with_kwargs=True)
+    inner.forward = lambda x: forward(x) * (inner.gate_proj.out_features / dense if padded["now"] else 1)
+    graph = resect.trace(model)
+    plan = random_plan(graph, 3, uniform=True, kinds=("channels",))
+    with pytest.raises(NumericsError, match="computes with padding: outputs"):
+        cut_and_check(model, plan, graph)
+
+
+def test_training_leaves_the_statistics_of_norms() -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3)]
+    model = nn.Sequential(*layers).eval()
+    graph = resect.trace(model, (torch.randn(2, 3, 9, 9),))
+    found = cut_and_check(model, random_plan(graph, 1, uniform=True, kinds=("channels",)), graph)
+    assert found["difference"] <= found["allowed"]
+    norm: Any = model[1]
+    assert not norm.training
+    assert int(norm.num_batches_tracked) == 0
+    assert not norm.running_mean.any()
+
+
+def test_a_loss_alone_is_compared() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).pow(2).mean()
+
+    model = Loss().eval()
+    graph = resect.trace(model, (torch.randn(4, 5),))
+    found = cut_and_check(model, random_plan(graph, 1, uniform=True, kinds=("channels",)), graph)
+    assert 0 <= found["difference"] <= found["allowed"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
-from resect.errors import UsageError
+from resect.errors import ModelError, UsageError
 from resect.graph import Graph
 from resect.plan import Kept, Plan, select
 from tests.models import FAMILIES, assert_same_function, assert_same_logits, logits_without_cache, random_tokens
@@ -81,3 +81,89 @@ def test_a_floor_of_zero_lets_sublayers_go() -> None:
     assert graph.emptied(plan.removed())
     assert graph.parameter_count(plan.removed(), blocks_only=True) <= 0.2 * graph.parameter_count(blocks_only=True)
     assert not graph.emptied(select(graph, scores, keep=0.3).removed())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.leave(self.enter(x).relu())
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem: nn.Module = nn.Conv2d(3, 6, 3)
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+        self.head: nn.Module = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_stand_in_for_a_convolution_follows_the_resolution() -> None:
+    model = Convolutions().eval()
+    graph = resect.trace(model, (torch.randn(2, 3, 16, 16),))
+    name = next(iter(graph.sublayers))
+    plan = without(graph, name)
+    small = resect.cut(copy.deepcopy(model), plan, graph)
+    stand_in: Any = small.get_submodule(graph.sublayers[name].silences[0].path)
+    assert (stand_in.width, stand_in.axis) == (6, -3)
+    for side in (16, 23):
+        x = torch.randn(3, 3, side, side + 4)
+        with resect.masked(model, plan, graph):
+            expected = model(x)
+        torch.testing.assert_close(small(x), expected)
+
+
+class Routed(nn.Module):
+    """Experts beside an attention-like sub-layer; the last expert is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.gate = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3))
+        self.gate.bias.data = torch.tensor([0.0, 0.0, -100.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        choice, out = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = choice == number
+            out[chosen] += expert(x[chosen])
+        return x + out
+
+
+def test_an_expert_without_tokens_is_not_idle() -> None:
+    model = Convolutions()
+    model.stem, model.blocks, model.head = nn.Embedding(31, 8), nn.ModuleList([Routed(), Routed()]), nn.Linear(8, 5)
+    graph = resect.trace(model.eval(), (torch.arange(14).view(2, 7),))
+    silent = {silence.path for one in graph.sublayers.values() for silence in one.silences}
+    assert "blocks.0.mix" in silent
+    assert not any(path.endswith("experts.2") for path in silent)
+
+
+def test_units_that_the_code_counts_are_named() -> None:
+    """Code that unpacks a list cannot do without any of its blocks: the error names them, so that they can be left out."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Residual(), Residual()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.layers
+            return second(first(x))
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Pair(), nn.Conv2d(6, 2, 1)).eval()
+    graph = resect.trace(model, (torch.randn(2, 3, 9, 9),))
+    assert [group.name for group in graph.of_kind("blocks")] == ["1.layers.0", "1.layers.1"]
+    with pytest.raises(ModelError, match="cannot do without 1.layers.1") as caught:
+        resect.cut(model, without(graph, "1.layers.1"), graph)
+    assert caught.value.groups == ("1.layers.1",)

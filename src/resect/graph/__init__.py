@@ -5,7 +5,7 @@ from resect.graph.blocks import Blocks
 from resect.graph.depth import Silence, Sublayer
 from resect.graph.groups import DEPTH, KINDS, Factor, Frame, Frozen, Graph, Group, Member, Rivals, Term
 from resect.graph.rules import Call, op_rule
-from resect.graph.trace import Replay, Watcher, reachable, retrace, trace
+from resect.graph.trace import Replay, Unwritten, Watcher, reachable, retrace, trace
 from resect.graph.vocabulary import TOKEN_FIELD, VOCABULARY
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Silence",
     "Sublayer",
     "Term",
+    "Unwritten",
     "Watcher",
     "freeze",
     "join",

@@ -70,6 +70,9 @@ LONGEST_CONSTANT = 64
 FILLING = ("full", "full_like", "fill", "fill_", "new_full", "scalar_tensor")
 """Operators that are given a number to fill a tensor with."""
 
+COUNTING = frozenset(f"aten::{name}_batch_norm" for name in ("native", "cudnn", "miopen"))
+"""Operators that write statistics in training, though their schemas do not say so."""
+
 UNSEEN = {f"aten.{name}" for name in ("detach", "alias", "lift_fresh", "clone", "_to_copy", "expand", "view", "_unsafe_view")}
 """Operators that come and go with memory layouts and caches, and whose results the next operator shows anyway."""
 
@@ -1092,7 +1095,7 @@ class Unwritten(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs one operator; before the first that writes into a weight, its values are kept."""
-        if not isinstance(func, HigherOrderOperator) and func._schema.is_mutable:
+        if not isinstance(func, HigherOrderOperator) and (func._schema.is_mutable or func._schema.name in COUNTING):
             for tensor in _tensors([args, kwargs or {}]):
                 if type(tensor) is not FakeTensor and (number := memory(tensor)) in self._own and number not in self._written:
                     with _disable_current_modes():

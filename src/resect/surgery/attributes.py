@@ -41,7 +41,7 @@ OPERATORS = 150_000
 STUCK = 400
 """Replays in a row that get no further, after which it gives up, too."""
 TORN = 40
-"""The same, once an operator demands another size of a number than one before it did; then more at once is not tried."""
+"""The same, once an operator demands another size of a number than one before it did; then more than two are not tried."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Search:
         for most in range(1, AT_ONCE + 1):
             self.stuck = 0
             solved = self._solve(found, reached, where, most)
-            if solved is not None or self.limit == TORN:
+            if solved is not None or (self.limit == TORN and most > 1):
                 return solved
         return None
 
@@ -162,9 +162,11 @@ class Search:
             return found
         for trials in self._better(found, reached, where, most):
             for further, at, trial in sorted(trials, key=lambda item: -item[0]):
+                stuck = self.stuck
                 solved = self._solve(trial, further, at, most)
                 if solved is not None:
                     return solved
+                self.stuck = stuck  # a wrong turn takes nothing from the next
         return None
 
     def _better(self, found: Attributes, reached: float, where: str, most: int) -> Iterator[list[tuple[float, str, Attributes]]]:

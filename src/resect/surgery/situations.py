@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_map_with_path
 
-from resect.graph import reachable
+from resect.graph import Unwritten, reachable
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a network."""
@@ -108,8 +108,7 @@ def run(
     with torch.no_grad(), _as_before(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.train(situation.training)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # statistics are counted in training
-        output = torch.func.functional_call(model, buffers, *inputs)
+        output = model(*inputs[0], **inputs[1])
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         logits = logits if keep is None else logits[..., keep.to(logits.device)]
@@ -128,8 +127,7 @@ def learn(model: nn.Module, inputs: Inputs) -> None:
     name, first = next((name, one) for name, one in model.named_parameters() if one.is_floating_point())
     with torch.enable_grad(), _as_before(model), torch.random.fork_rng(devices=[]):
         model.train()
-        state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        state[name] = first.detach().clone().requires_grad_()
+        state = {name: first.detach().clone().requires_grad_()}
         output = torch.func.functional_call(model, state, *inputs)
         floating = [tensor for tensor in reachable(output) if tensor.requires_grad]
         if floating:
@@ -164,11 +162,14 @@ def _resized(inputs: Inputs, old: int, new: int, *, leading: bool) -> Inputs:
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Whatever modules note of a run is gone afterwards, their mode too."""
+    """Whatever modules note of a run is gone afterwards, their mode too, and what is written into weights and buffers."""
     before = [(module, dict(vars(module))) for module in model.modules()]
+    keeper = Unwritten(model)
     try:
-        yield
+        with keeper:
+            yield
     finally:
         for module, values in before:
             vars(module).clear()
             vars(module).update(values)
+        keeper.undo()
