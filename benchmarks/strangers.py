@@ -840,7 +840,7 @@ def _() -> Stranger:
     from tab_transformer_pytorch import FTTransformer
 
     model = FTTransformer(categories=(5, 6, 7), num_continuous=4, dim=32, dim_out=3, depth=2, heads=4, dim_head=8)
-    return Stranger(model, (tokens(5, 3, 5), series(1, 5, 4)[0]), (tokens(7, 3, 5), series(1, 7, 4)[0]))
+    return Stranger(model, (tokens(5, 3, 5), series(1, 5, 4)[0]), (tokens(7, 3, 5), series(1, 7, 4)[0]), single=True)
 
 
 @stranger("tab-transformer-pytorch/TabTransformer")
@@ -850,7 +850,7 @@ def _() -> Stranger:
     model = TabTransformer(
         categories=(5, 6, 7), num_continuous=4, dim=32, dim_out=3, depth=2, heads=4, dim_head=8, mlp_act=nn.ReLU()
     )
-    return Stranger(model, (tokens(5, 3, 5), series(1, 5, 4)[0]), (tokens(7, 3, 5), series(1, 7, 4)[0]))
+    return Stranger(model, (tokens(5, 3, 5), series(1, 5, 4)[0]), (tokens(7, 3, 5), series(1, 7, 4)[0]), single=True)
 
 
 @stranger("rtdl-revisiting-models/FTTransformer")
@@ -883,7 +883,7 @@ def _() -> Stranger:
     from pytorch_tabnet.tab_network import TabNet
 
     model = TabNet(9, 3, n_d=8, n_a=10, group_attention_matrix=torch.eye(9))
-    return Stranger(model, (series(1, 6, 9)[0],), (series(1, 8, 9)[0],))
+    return Stranger(model, (series(1, 6, 9)[0],), (series(1, 8, 9)[0],), single=True)
 
 
 @stranger("itransformer/iTransformer")

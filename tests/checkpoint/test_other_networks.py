@@ -250,3 +250,38 @@ def test_what_torch_keeps_is_no_number_of_a_record(name: str, tmp_path: Path) ->
     (tmp_path / "out" / "resect.json").write_text(json.dumps(noted))
     with pytest.raises(CheckpointError, match=r"damaged|does not fit"):
         load_into(Held().eval(), tmp_path / "out")
+
+
+class Ranked(nn.Module):
+    """Numbers of categories in a column of numbers, and lengths: values matter, and random ones do not do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.enter, self.leave = nn.Embedding(11, 8), nn.Linear(10, 16), nn.Linear(16, 3)
+
+    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        known = torch.cat([self.table(rows[..., 0].long()), rows[..., 1:]], -1)[:, : inside.shape[1]]
+        out: Tensor = self.leave(self.enter(known).relu() * inside[..., None])
+        return out
+
+    def load_state_dict(self, *args: Any, **named: Any) -> Any:
+        """Tells nothing, as some networks' own."""
+        super().load_state_dict(*args, **named)
+
+
+def test_values_that_matter_are_those_of_the_example(tmp_path: Path) -> None:
+    model = Ranked().eval()
+    rows = torch.cat([torch.arange(14).view(2, 7, 1) % 11, torch.randn(2, 7, 2)], -1)
+    inputs = (rows, torch.tensor([6, 3]))
+    result = resect.prune(model, keep=0.6, of="model", inputs=inputs, settings={"criterion": "l2", "kinds": ["channels"]})
+    assert result.plan.removed()
+    save(model, tmp_path / "out", plan=result.plan, inputs=inputs)
+    check = json.loads((tmp_path / "out" / "resect.json").read_text())["check"]
+    assert not check["drawn"]
+    loaded = load_into(Ranked().eval(), tmp_path / "out")
+    torch.testing.assert_close(loaded(*inputs), model(*inputs))
+    other = Ranked().eval()
+    other.register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.raises(CheckpointError, match="puts out something else"):
+        load_into(other, tmp_path / "out")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from resect.calibration import positions_of
 from resect.errors import UsageError
-from resect.surgery import inputs_like, outputs_of, tokens_alone
+from resect.surgery import inputs_like, outputs_of, takes, tokens_alone
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a network is called with."""
@@ -25,7 +25,9 @@ def example_of(model: nn.Module, given: Any = None) -> Inputs:
     """
     example = _plain(given) if given is not None else getattr(model, "resect_example", None)
     if example is not None and not (given is None and tokens_alone(model, example)):
-        return inputs_like(example, model, 0)
+        like = inputs_like(example, model, 0)
+        has_values = not any(leaf.is_meta for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
+        return example if has_values and not takes(model, like) else like
     vocabulary = _vocabulary(model)
     if not vocabulary or getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from resect.checkpoint.example import Inputs, example_of, relative_difference
 from resect.checkpoint.record import check_record, record_of
@@ -26,6 +27,8 @@ SAMPLES = 1024
 TOLERANCE = 1e-3
 """How far what is put out may be off on another machine, relative to its spread; sums in half precision are rougher."""
 HALF = 5e-2
+MOST_VALUES = 65_536
+"""So many values of one input are written down at most."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -78,7 +81,7 @@ def load_into(model: Network, directory: str | Path) -> Network:
     check_record(facts["record"], str(place / "resect.json"))
     try:
         resize(model, facts["record"])
-        load_model(model, place / WEIGHTS, device="cpu")
+        _fill(model, place / WEIGHTS)
     except Exception as problem:  # names, sizes and files, each with an error of its own
         raise CheckpointError(
             f"{place} does not fit {type(model).__name__}: {problem} Build the network as it was before the cut."
@@ -88,14 +91,33 @@ def load_into(model: Network, directory: str | Path) -> Network:
     return model
 
 
+def _fill(model: nn.Module, file: Path) -> None:
+    """Puts tensors into a network by name; of those that are one, the file has one. Raises `KeyError` for others."""
+    stored = load_file(file, device="cpu")
+    missing, unexpected = nn.Module.load_state_dict(model, stored, strict=False)  # networks have methods of their own
+    tensors = nn.Module.state_dict(model)
+    filled = {(tensors[name].data_ptr(), tensors[name].shape) for name in stored if name in tensors}
+    missing = [name for name in missing if (tensors[name].data_ptr(), tensors[name].shape) not in filled]
+    if missing or unexpected:
+        raise KeyError(f"tensors are missing {missing[:3]}, or are none of the network's {unexpected[:3]}")
+
+
 def _check_of(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
     """What a network puts out for inputs like its example; None where no example can be written down."""
     try:
         example = example_of(model, inputs)
-        stated = _stated(example)
-    except (UsageError, TypeError):
+        outputs = outputs_of(model, example)
+        drawn = _same(example, inputs_like(example, model, 0))
+        stated = _stated(example, all_values=not drawn)
+    except Exception:  # nothing says what the network takes in, or it takes nothing that can be written down
         return None
-    return {"example": stated, "outputs": _sampled(outputs_of(model, example)).tolist(), "half": _half(model)}
+    return {"example": stated, "drawn": drawn, "outputs": _sampled(outputs).tolist(), "half": _half(model)}
+
+
+def _same(example: Inputs, other: Inputs) -> bool:
+    """Whether two examples have the same values."""
+    pairs = zip(tree_leaves(example), tree_leaves(other), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs if isinstance(one, Tensor))
 
 
 def _compare(model: nn.Module, check: Any, place: Path) -> None:
@@ -103,7 +125,8 @@ def _compare(model: nn.Module, check: Any, place: Path) -> None:
     if not isinstance(check, dict):
         return
     example: Inputs = _example(check["example"])
-    found = _sampled(outputs_of(model, inputs_like(example, model, 0)))
+    inputs = inputs_like(example, model, 0) if check.get("drawn", True) else example
+    found = _sampled(outputs_of(model, inputs))
     difference = relative_difference(found, torch.tensor(check["outputs"], dtype=torch.float64))
     if not difference <= (HALF if check["half"] or _half(model) else TOLERANCE):
         raise CheckpointError(
@@ -122,23 +145,34 @@ def _half(model: nn.Module) -> bool:
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
-def _stated(value: Any) -> Any:
-    """An example as JSON. Raises `TypeError` for objects of other types."""
+def _stated(value: Any, *, all_values: bool) -> Any:
+    """An example as JSON; without the values of numbers that are not whole, where others may stand for them.
+
+    Raises `TypeError` for objects of other types and for more values than `MOST_VALUES`.
+    """
     if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        stated = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if all_values or not value.is_floating_point():
+            if value.numel() > MOST_VALUES:
+                raise TypeError(f"{value.numel()} values are too many")
+            stated["values"] = value.flatten().tolist()
+        return stated
     if isinstance(value, Mapping):
-        return {"items": [[name, _stated(one)] for name, one in value.items()]}
+        return {"items": [[name, _stated(one, all_values=all_values)] for name, one in value.items()]}
     if type(value) in (list, tuple):
-        return {type(value).__name__: [_stated(one) for one in value]}
+        return {type(value).__name__: [_stated(one, all_values=all_values) for one in value]}
     if value is None or type(value) in (bool, int, float, str):
         return {"value": value}
     raise TypeError(f"{value!r} is no JSON")
 
 
 def _example(stated: Mapping[str, Any]) -> Any:
-    """The inverse of `_stated`, with empty tensors."""
+    """The inverse of `_stated`, with empty tensors for those without values."""
     if "shape" in stated:
-        return torch.empty(stated["shape"], dtype=getattr(torch, stated["dtype"]), device="meta")
+        dtype = getattr(torch, stated["dtype"])
+        if "values" in stated:
+            return torch.tensor(stated["values"], dtype=dtype).reshape(stated["shape"])
+        return torch.empty(stated["shape"], dtype=dtype, device="meta")
     if "items" in stated:
         return {name: _example(one) for name, one in stated["items"]}
     if "value" in stated:

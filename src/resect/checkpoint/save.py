@@ -27,7 +27,7 @@ from resect.errors import CheckpointError, OtherLayout, UsageError
 from resect.evaluation import evaluating
 from resect.explain import telling
 from resect.files import check_directory, whole_directory
-from resect.surgery import modeling_resect
+from resect.surgery import embedding_table, modeling_resect
 from resect.surgery.adapters import check_merged
 from resect.surgery.modeling_resect import auto_classes, removed_by_list, shorten
 from resect.surroundings import unaffected
@@ -98,9 +98,9 @@ def _tell_layout(saved: Saved, plan: Any) -> None:
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
     """Refuses, beside a model whose embedding was cut, a tokenizer that names rows which it has not."""
-    table: Any = getattr(model.get_input_embeddings(), "weight", None)
+    table = embedding_table(model)
     names = [name for name, parameter in model.named_parameters() if parameter is table]
-    if tokenizer is None or not any(name in record["shapes"] for name in names):
+    if tokenizer is None or table is None or not any(name in record["shapes"] for name in names):
         return
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(table):

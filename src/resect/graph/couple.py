@@ -51,6 +51,7 @@ class Run:
     spared: frozenset[tuple[str, int]] = frozenset()  # parameters and axes that are put over their own length
     lifted: Mapping[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict)  # what tensors were made of
     stateful: frozenset[str] = frozenset()  # modules that keep something from one run to the next
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the example as the caller gave it
 
 
 def couple(model: nn.Module, run: Run) -> Graph:
@@ -94,7 +95,7 @@ def couple(model: nn.Module, run: Run) -> Graph:
         parameters={name: term(axes, name, {}) for name, axes in parameters.items()},
         contractions=tuple(term(axes, where, run.tokens) for where, axes in run.contractions),
         sublayers={sublayer.name: sublayer for sublayer in sublayers},
-        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames, run.lifted),
+        witness=Witness(tuple(run.operations), run.example, named, run.fake, run.loops, frames, run.lifted, run.given),
         spared=run.spared,
         tables=tuple(name for name, axes in parameters.items() if axes and _looked_up(axes[0])),
     )

@@ -144,6 +144,8 @@ class Witness:
     frames: Mapping[str, tuple[Frame, ...]] = field(default_factory=dict)  # by module, call by call
     lifted: Mapping[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict)
     """What tensors were made of, by the module that made them and how many it had made before."""
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """The example with the values that the caller gave it; None for one that was made up, or has no values."""
 
     def fits(self, operation: Operation, found: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> bool:
         """Whether an operator puts out the shapes that it must.

@@ -109,7 +109,7 @@ def _traced_for_real(model: nn.Module, example_inputs: Any, problem: ModelError)
 
 def retrace(model: nn.Module, graph: Graph) -> Graph:
     """The graph of a network that changed itself since it was traced, from the same example."""
-    args, kwargs = torch.utils._pytree.tree_map_only(
+    args, kwargs = graph.witness.given or torch.utils._pytree.tree_map_only(
         FakeTensor, lambda given: torch.zeros(tuple(given.shape), dtype=given.dtype), graph.witness.example
     )
     return trace(model, kwargs or args)
@@ -172,6 +172,7 @@ def _traced(model: nn.Module, example_inputs: Any, *, fake: bool) -> Graph:
         frozenset((name, axis) for tensor, axis in recorder.spared for name, given in state.items() if given is tensor),
         recorder.lifted,
         frozenset(left_on) if stateful is None else stateful.read_by_others(),
+        _with_values(example_inputs),
     )
     return couple(model, run)
 
@@ -976,10 +977,22 @@ def _example(given: Any, mode: FakeTensorMode | None) -> tuple[tuple[Any, ...], 
         shape = REAL_SHAPE if mode is None else EXAMPLE_SHAPE
         numbers = torch.arange(shape[0] * shape[1]).view(shape) % 31
         return (), {"input_ids": numbers, "use_cache": False}
-    fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given) if mode else given
-    if isinstance(fake, Mapping):
-        return (), dict(fake)
-    return (fake if isinstance(fake, tuple) else (fake,)), {}
+    return _arguments(torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given) if mode else given)
+
+
+def _arguments(given: Any) -> Inputs:
+    """Positional and named arguments out of an example."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return (given if isinstance(given, tuple) else (given,)), {}
+
+
+def _with_values(given: Any) -> Inputs | None:
+    """A copy of an example whose tensors have values; None for others."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    if not tensors or any(type(tensor) is FakeTensor or tensor.is_meta for tensor in tensors):
+        return None
+    return _arguments(torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Align, Budget, Pattern, Plan, aligned, keep_all, part_of
 from resect.ranges import seed_of, share, whole
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
-from resect.surgery import cut_and_check, gather_and_check
+from resect.surgery import cut_and_check, embedding_table, gather_and_check
 from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
@@ -310,10 +310,10 @@ def _check_tokens(tokens: Tensor, model: nn.Module) -> None:
             f"data of shape {list(tokens.shape)} and type {tokens.dtype} was given; windows of tokens are whole numbers "
             "[sequences, length]."
         )
-    table = getattr(model.get_input_embeddings(), "weight", None) if isinstance(model, PreTrainedModel) else None
+    table = embedding_table(model)
     low, high = (int(end) for end in tokens.aminmax())
-    if low < 0 or isinstance(table, Tensor) and table.ndim == 2 and high >= len(table):
-        rows = f"the model has {len(table)} rows for them" if isinstance(table, Tensor) else "they count from 0"
+    if low < 0 or table is not None and high >= len(table):
+        rows = "they count from 0" if table is None else f"the model has {len(table)} rows for them"
         raise UsageError(f"data holds tokens from {low} to {high}; {rows}. Use the model's own tokenizer.")
 
 

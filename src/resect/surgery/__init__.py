@@ -1,6 +1,6 @@
 """Removing units: the only room, with recovery, that writes to a model."""
 
-from resect.surgery.check import cut_and_check, gather_and_check, inputs_like, outputs_of, tokens_alone
+from resect.surgery.check import cut_and_check, gather_and_check, inputs_like, outputs_of, takes, tokens_alone
 from resect.surgery.compensate import (
     Loss,
     reading,
@@ -15,7 +15,7 @@ from resect.surgery.cut import Record, cut, plan_record
 from resect.surgery.fade import Fading, Slice
 from resect.surgery.gather import check_gatherable, dense_tensors, gather
 from resect.surgery.mask import mask, masked
-from resect.surgery.vocabulary import kept_tokens
+from resect.surgery.vocabulary import embedding_table, kept_tokens
 
 __all__ = [
     "Fading",
@@ -26,6 +26,7 @@ __all__ = [
     "cut",
     "cut_and_check",
     "dense_tensors",
+    "embedding_table",
     "gather",
     "gather_and_check",
     "inputs_like",
@@ -35,6 +36,7 @@ __all__ = [
     "outputs_of",
     "plan_record",
     "reading",
+    "takes",
     "tokens_alone",
     "without_columns",
     "without_columns_after",

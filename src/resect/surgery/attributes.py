@@ -364,6 +364,8 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
     config: Any = getattr(module, "config", None)
     fields = hasattr(config, "to_dict")
     for name, value in vars(module).items():
+        if "__" in name:  # of Python, or private to a class
+            continue
         if type(value) is int and value > 0:
             yield name, value
         elif name not in TABLES and INSIDE not in name and not (fields and name == "config"):
@@ -377,6 +379,8 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def _inside(name: str, holder: Any, depth: int) -> Iterator[tuple[str, int]]:
     """The numbers inside a mapping, a sequence, a partial function or a plain object, by the keys that lead to them."""
     for key, value in islice(_held(holder), MOST_HELD) if depth else ():
+        if "__" in str(key):
+            continue
         where = f"{name}{INSIDE}{key}"
         if type(value) is int and value > 0:
             yield where, value

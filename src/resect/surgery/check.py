@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from resect.calibration import positions_of
@@ -151,7 +152,18 @@ def _inputs(model: nn.Module, graph: Graph, keep: Tensor | None, seed: int) -> I
         shape = (SHAPE[0], min(SHAPE[1], positions_of(model) or SHAPE[1]))
         tokens = torch.randint(_vocabulary(model) if keep is None else len(keep), shape, generator=generator)
         return (), {TOKENS: tokens.to(device), "use_cache": False}
-    return inputs_like(graph.witness.example, model, seed, rows=None if keep is None else len(keep))
+    given = graph.witness.given
+    like = inputs_like(given or graph.witness.example, model, seed, rows=None if keep is None else len(keep))
+    return like if given is None or keep is not None or takes(model, like) else given
+
+
+def takes(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a network runs on inputs: random ones may be no rows of a table, no lengths, no classes."""
+    try:
+        outputs_of(model, inputs)
+    except Exception:  # whatever a stranger's code raises
+        return False
+    return True
 
 
 def tokens_alone(model: nn.Module, example: Inputs) -> bool:
@@ -162,9 +174,10 @@ def tokens_alone(model: nn.Module, example: Inputs) -> bool:
 
 
 def inputs_like(example: Inputs, model: nn.Module, seed: int, *, rows: int | None = None) -> Inputs:
-    """Random inputs of the shapes and types of an example: numbers of tokens below `rows`, masks of ones, other numbers 0.
+    """Random inputs of the shapes and types of an example: numbers of tokens below `rows`, masks of ones.
 
-    Numbers of tokens are called `input_ids`, alone or at the end of a name; `rows` is the model's vocabulary if not given.
+    Other whole numbers are those of the example, or 0 where it has no values. Numbers of tokens are called `input_ids`,
+    alone or at the end of a name; `rows` is the model's vocabulary if not given.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -178,6 +191,8 @@ def inputs_like(example: Inputs, model: nn.Module, seed: int, *, rows: int | Non
             return torch.randn(shape, generator=generator).to(device, given.dtype)
         if name.endswith(TOKENS) and most:
             return torch.randint(most, shape, generator=generator, dtype=given.dtype).to(device)
+        if type(given) is not FakeTensor and not given.is_meta:
+            return given.to(device)
         return torch.full(shape, int("mask" in name), dtype=given.dtype, device=device)
 
     like: Inputs = tree_map_with_path(random, example)

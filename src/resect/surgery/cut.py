@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from resect.errors import ModelError, UsageError
@@ -22,6 +23,9 @@ from resect.surgery.modeling_resect import Gathered, Silent, remove, resize, set
 from resect.surgery.positions import changed, kept_positions, removed_blocks, removed_sublayers, take
 from resect.surgery.vocabulary import kept_tokens, renumber_tokens
 from resect.surroundings import unaffected
+
+MOST_WHOLE = 65_536
+"""So many whole numbers of one input are kept with a cut model, to run it by."""
 
 
 class Record(BaseModel):
@@ -74,12 +78,14 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
         renumber_tokens(model, graph.group(VOCABULARY), tokens)
     renumber_alignment(model, plan, graph)
     model.resect_record = record  # type: ignore[assignment]
-    model.resect_example = tree_map_only(Tensor, _empty, graph.witness.example)
+    model.resect_example = tree_map_only(Tensor, _empty, graph.witness.given or graph.witness.example)
     return model
 
 
 def _empty(given: Tensor) -> Tensor:
-    """The shape and type of a tensor, without its memory."""
+    """The shape and type of a tensor, without its memory; whole numbers keep their values: lengths, classes, edges."""
+    if not given.is_floating_point() and type(given) is not FakeTensor and given.numel() <= MOST_WHOLE:
+        return given.detach().cpu().clone()
     return torch.empty(tuple(given.shape), dtype=given.dtype, device="meta")
 
 

@@ -381,9 +381,9 @@ def followers(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> dict
     values: dict[str, Any] = {
         name: new[axis]
         for name, axis in SIZES.items()
-        if axis < len(new) and getattr(module, name, None) == old[axis] != new[axis]
+        if axis < len(new) and vars(module).get(name) == old[axis] != new[axis]
     }
-    if tuple(getattr(module, "normalized_shape", ())) == tuple(old):
+    if tuple(vars(module).get("normalized_shape") or ()) == tuple(old):
         values["normalized_shape"] = tuple(new)
     return values
 

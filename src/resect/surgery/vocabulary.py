@@ -25,6 +25,15 @@ def kept_tokens(graph: Graph, plan: Plan) -> Tensor | None:
     return next((keep for _, keep in changed(graph, plan, kinds=(VOCABULARY,))), None)
 
 
+def embedding_table(model: nn.Module) -> Tensor | None:
+    """The table of a model's tokens [tokens, width]; None for a network that has none, or does not say where."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, Tensor) and table.ndim == 2 else None
+
+
 def renumber_tokens(model: nn.Module, group: Group, keep: Tensor) -> None:
     """Gives sizes and tokens that modules and configurations name their new numbers; configurations are copied.
 
