@@ -16,7 +16,7 @@ TWO_AT_ONCE := $(if $(filter output-sync,$(.FEATURES)),-j2 --output-sync=target)
 export TIMEFORMAT := took %1lR
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help venv demo test test-lowest faults lint types imports docs-check docs bench recovery zoo vision clean
+.PHONY: help venv demo test test-lowest faults lint types imports docs-check docs bench recovery zoo vision networks clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -77,6 +77,9 @@ zoo: venv ## what is found in every causal language model type of transformers: 
 vision: venv $(VENV)/.vision ## what is found in the image networks of torchvision and timm: docs/vision.md (an hour)
 	@export PYTHONPATH=$(VENV)/vision; $(BIN)/python -m pytest tests/graph/test_vision.py; time $(BIN)/python benchmarks/vision.py
 
+networks: venv $(VENV)/.networks ## what is found in networks of other libraries: docs/libraries.md (a quarter of an hour, a download of some hundred MB)
+	@export PYTHONPATH=$(VENV)/networks; time OMP_NUM_THREADS=1 $(BIN)/python benchmarks/networks.py
+
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) $(LOWEST) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
@@ -115,4 +118,11 @@ $(VENV)/.docs: $(VENV)/.installed
 $(VENV)/.vision: $(VENV)/.installed
 	@echo "== installing torchvision and timm beside $(VENV)"
 	@time $(PIP) install --no-compile --no-deps --target $(VENV)/vision -c constraints.txt timm torchvision pillow
+	@touch $@
+
+# Without their dependencies: each would bring its own torch. The compiled part of torchaudio is for one torch alone, and nobody needs it.
+$(VENV)/.networks: benchmarks/networks.txt $(VENV)/.installed
+	@echo "== installing other libraries beside $(VENV)"
+	@time $(PIP) install --no-compile --no-deps --target $(VENV)/networks -c constraints.txt -r benchmarks/networks.txt
+	@rm -rf $(VENV)/networks/torchaudio/lib
 	@touch $@

@@ -35,7 +35,7 @@ from resect.methods.vocabulary import Vocabulary
 from resect.plan import LAYOUTS, Align, Budget, Pattern, Plan, aligned, keep_all, part_of
 from resect.ranges import seed_of, share, whole
 from resect.statistics import BATCH_TOKENS, Data, tell_emulated
-from resect.surgery import cut_and_check, embedding_table, gather_and_check
+from resect.surgery import cut_and_check, embedding_table, equal_sizes, gather_and_check
 from resect.surgery.adapters import check_merged
 from resect.surroundings import unaffected
 
@@ -247,12 +247,12 @@ def method_settings(method: str, settings: Mapping[str, Any] | None = None) -> M
 def _deployable(chosen: Method, model: nn.Module, graph: Graph, layout: str) -> tuple[Method, Graph, dict[str, str]]:
     """Leaves out, from a uniform layout, what no stock configuration of the family can express smaller.
 
-    Gives the method without the kinds that are left out, the graph with the sizes that its groups may keep, and why
-    anything stays whole.
+    Gives the method without the kinds that are left out, the graph with the sizes that its groups may keep and those that
+    one number of the code makes equal, and why anything stays whole.
     """
-    if layout != "uniform" or not isinstance(model, PreTrainedModel):
-        return chosen, graph, {}
     asked = [kind for kind in chosen.removes if graph.of_kind(kind)]
+    if layout != "uniform" or not isinstance(model, PreTrainedModel):
+        return chosen, graph.constrained(equal=equal_sizes(model, graph, asked)), {}
     found = expressible_sizes(model, graph, asked)
     withheld = {kind: why for kind, why in found.withheld.items() if kind in asked}
     left = tuple(kind for kind in asked if kind not in withheld)

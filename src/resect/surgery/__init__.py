@@ -15,6 +15,7 @@ from resect.surgery.cut import Record, cut, plan_record
 from resect.surgery.fade import Fading, Slice
 from resect.surgery.gather import check_gatherable, dense_tensors, gather
 from resect.surgery.mask import mask, masked
+from resect.surgery.tied_sizes import equal_sizes
 from resect.surgery.vocabulary import embedding_table, kept_tokens
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "cut_and_check",
     "dense_tensors",
     "embedding_table",
+    "equal_sizes",
     "gather",
     "gather_and_check",
     "inputs_like",

@@ -9,7 +9,7 @@ furthest first. What worked for one module is used for its likes in the other bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
@@ -36,6 +36,8 @@ TABLES = ("_parameters", "_buffers", "_modules", "generation_config")
 """What a module holds under its own names that is looked into elsewhere, or not at all."""
 GROUPS = ("groups", "num_groups")
 """Attributes that say into how many groups of channels the leading axis of a weight falls."""
+MOST_NAMED = 4
+"""Groups that an error names."""
 OPERATORS = 150_000
 """Operators replayed in all after which the search gives up: a long network gets fewer trials."""
 STUCK = 400
@@ -84,7 +86,7 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
         near = [group.name for group in _around(search.where, [group for group, _ in groups])]
         raise ModelError(
             f"{type(model).__name__} cannot be cut this way: its code in {search.where or 'the model'} does not take the new "
-            f"sizes ({search.problem}). Leave out {kinds} of this model, or keep that module whole.",
+            f"sizes ({search.problem}). Leave out {kinds} of this model, or protect {_listed(near)}.",
             near,
         )
     solved = search.with_namesakes(solved, found)
@@ -92,6 +94,10 @@ def shape_attributes(model: nn.Module, graph: Graph, plan: Plan, shapes: Mapping
         path: {name: value for name, value in values.items() if name not in padded.get(path, {})}
         for path, values in solved.items()
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else "")
 
 
 @dataclass
