@@ -503,3 +503,16 @@ class TestExactSizes:
         assert result.exit_code == 2
         assert said in result.stderr
         assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], "bfloat16"), (["--store-dtype", "float32"], "float32")])
+def test_weights_are_stored_as_they_were(
+    resect_: Command, dense: Path, tmp_path: Path, flags: list[str], expected: str
+) -> None:
+    half, out = damaged(dense, tmp_path / "half"), tmp_path / "out"
+    model: Any = AutoModelForCausalLM.from_pretrained(dense)
+    model.to(torch.bfloat16).save_pretrained(half)
+    result = resect_("prune", half, "-o", out, "--set", "settings.criterion=l2", *flags)
+    assert result.exit_code == 0, result.output
+    assert {str(tensor.dtype) for tensor in load_file(out / "model.safetensors").values()} == {f"torch.{expected}"}
+    assert json.loads((out / "config.json").read_text())["dtype"] == expected

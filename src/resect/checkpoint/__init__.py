@@ -2,6 +2,7 @@
 
 from resect.checkpoint.load import DEMO, check_finite, load, load_tokenizer, skeleton
 from resect.checkpoint.plain import load_into
+from resect.checkpoint.precision import round_to_storage
 from resect.checkpoint.record import compose, record_of
 from resect.checkpoint.save import save
 from resect.checkpoint.saved import Saved
@@ -31,6 +32,7 @@ __all__ = [
     "needed_tokens",
     "record_of",
     "resize",
+    "round_to_storage",
     "save",
     "skeleton",
     "verify",

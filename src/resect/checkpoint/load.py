@@ -43,7 +43,7 @@ from resect.checkpoint.gguf_reading import (
     read_once,
     token_count,
 )
-from resect.checkpoint.precision import blocks_as_said, settle_dtype
+from resect.checkpoint.precision import blocks_as_said, note_storage, settle_dtype
 from resect.checkpoint.record import check_record
 from resect.checkpoint.silence import quiet
 from resect.checkpoint.source import DEMO, Source, adapted, find, nearest_local, pickled
@@ -93,14 +93,16 @@ def load(
     """The causal language model that `name` stands for, in evaluation mode.
 
     A hub id, a local directory, a `.gguf` file (dequantised), `demo`, or a directory that resect wrote (its own code
-    is not used: ours is). `check` sees the model without its weights, on the meta device, before these are read; what
-    it raises ends the loading. Raises `ModelError` for an unknown name, `CheckpointError` for pickled or missing weights,
-    `NumericsError` for weights that are not finite.
+    is not used: ours is). `dtype` is what it computes in; `save` stores it in the type of the checkpoint. `check` sees the
+    model without its weights, on the meta device, before these are read; what it raises ends the loading. Raises `ModelError`
+    for an unknown name, `CheckpointError` for pickled or missing weights, `NumericsError` for weights that are not finite.
     """
     source = find(name)
     with quiet(), read_once():
         model = _asked(source, lambda: _read(source, dtype, trust_remote_code, check))
         settle_dtype(model, dtype)
+        if not source.gguf:
+            note_storage(model, _fields(source))
     check_finite(model)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

@@ -39,6 +39,30 @@ def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{name} is stored as {found}, which cannot be widened here. Get a copy that is not quantised.")
 
 
+def note_storage(model: PreTrainedModel, fields: Mapping[str, Any]) -> None:
+    """Notes on a loaded model what its checkpoint stores weights in, as the fields of its configuration say."""
+    text = fields.get("text_config")
+    said = [part.get(name) for part in (fields, text) if isinstance(part, Mapping) for name in ("dtype", "torch_dtype")]
+    named = next((str(name).removeprefix("torch.") for name in said if name), "")
+    model.resect_storage = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(named)  # type: ignore[assignment]
+
+
+def storage_of(model: Any) -> torch.dtype:
+    """The type that a model's weights are stored in: its own, or that of the checkpoint that it was read from if narrower."""
+    noted: torch.dtype | None = getattr(model, "resect_storage", None)
+    return noted if noted is not None and model.dtype in (torch.float32, torch.float64) else model.dtype
+
+
+@torch.no_grad()
+def round_to_storage(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Rounds weights, in place, to what they will be stored as; their type stays. What is measured then is what is written."""
+    stored, own = dtype or storage_of(model), model.dtype
+    if stored != own and not _is_packed(model):
+        model.resect_storage = stored  # type: ignore[assignment]
+        settle_dtype(model, stored)
+        settle_dtype(model, own)
+
+
 @contextmanager
 def blocks_as_said(storage: Any) -> Iterator[None]:
     """Widens what is stored in blocks of eight bits by the block size that a configuration says.

@@ -18,12 +18,16 @@ from resect.surgery import outputs_of
 
 
 @torch.no_grad()
-def main(directory: str, inputs: str, outputs: str, shipped_code: str) -> None:
-    """Reads what the model is called with from one file, writes what it puts out (`outputs`) to a safetensors file."""
+def main(directory: str, inputs: str, outputs: str, shipped_code: str, dtype: str) -> None:
+    """Reads what the model is called with from one file, writes what it puts out (`outputs`) to a safetensors file.
+
+    It computes in `dtype`, whatever the weights are stored in.
+    """
     trusted = shipped_code == "shipped-code"
     with quiet():
         loaded: Any = _class(directory, trusted).from_pretrained(
             directory,
+            dtype=getattr(torch, dtype),
             trust_remote_code=trusted,
             use_safetensors=True,
             local_files_only=True,

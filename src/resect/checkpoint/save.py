@@ -18,6 +18,7 @@ from resect.calibration import positions_of
 from resect.checkpoint.card import About, card
 from resect.checkpoint.example import Inputs, difference_between, example_of, relative_difference
 from resect.checkpoint.plain import save_plain
+from resect.checkpoint.precision import settle_dtype, storage_of
 from resect.checkpoint.record import Record, record_of
 from resect.checkpoint.saved import Jsonable, Saved, describe, write_text
 from resect.checkpoint.shipped import own_code_refusal, shipped_code
@@ -45,6 +46,7 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     about: About | None = None,
     inputs: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Saved:
     """Writes the cut (or dense) `model`: safetensors, configuration, tokenizer, `plan.json`, `resect.json`, README.
 
@@ -52,6 +54,8 @@ def save(
     a model built from the configuration and filled with the weights must give the logits of `model`, within rounding.
     The model is not changed. `extra_files` maps relative paths to text, `about` goes into the README. `inputs` are what the
     model is called with, like those of `resect.trace`; none are needed after a cut, nor for models of tokens alone.
+    Weights are stored in `dtype`; by default in the type of the checkpoint that `load` read, where that is narrower than the
+    model's own.
     A network that is no `PreTrainedModel` is written as its weights, the plan and what was cut: `load_into` gives them to a
     dense one that the caller builds. Raises
     `CheckpointError` when `directory` holds something and not `overwrite`, when writing fails, and when no configuration
@@ -72,6 +76,9 @@ def save(
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
     files |= extra_files or {}
     with whole_directory(target, overwrite=overwrite, inputs=sources) as partial, quiet():
+        stored = dtype or storage_of(model)
+        if stored != model.dtype:
+            settle_dtype(written, stored)
         # Merged experts and the like are stored as they are where no stock code would merge them again.
         written.save_pretrained(partial, save_original_format=saved.layout == "uniform")
         if code is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from resect.checkpoint.configuration import read_configuration
 from resect.checkpoint.example import Inputs, example_of, on_cpu, relative_difference
+from resect.checkpoint.precision import storage_of
 from resect.checkpoint.save import tolerance
 from resect.checkpoint.shipped import shipped_code
 from resect.environment import python
@@ -35,10 +36,11 @@ def verify(directory: str | Path, model: PreTrainedModel, *, tokens: Tensor | No
     with temporary_folder(f"to verify {directory}") as folder:
         found = _reloaded_outputs(Path(directory).resolve(), on_cpu(example), folder, model)
     difference = relative_difference(found, outputs_of(model, _on(model, example)).cpu())
-    if not difference <= tolerance(model.dtype):
+    allowed = tolerance(storage_of(model))
+    if not difference <= allowed:
         raise CheckpointError(
             f"Reloaded {directory} in a fresh process; its logits are off by {difference:.1e} of their spread, "
-            f"{tolerance(model.dtype):.0e} is allowed. Do not use this checkpoint, and please report how it was made."
+            f"{allowed:.0e} is allowed. Do not use this checkpoint, and please report how it was made."
         )
     return difference
 
@@ -66,6 +68,7 @@ def _reloaded_outputs(directory: Path, inputs: Inputs, folder: Path, model: PreT
     # Code that lies there is run if it is resect's, or the model's own, which somebody trusted when it was loaded.
     shipped = bool(auto_map) and (_is_ours(auto_map) or shipped_code(model) is not None)
     words = ["-m", "resect.checkpoint.reload", str(directory), str(given), str(wanted), "shipped-code" if shipped else "stock"]
+    words.append(str(model.dtype).removeprefix("torch."))
     variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}  # shipped code leaves no copy behind
     run = python(*words, variables=variables, folder=folder)
     if run.returncode:

@@ -31,6 +31,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any value of the recipe, like settings.criterion=l2.")
 ]
 Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps. Default: cpu.")]
+StoreDtype = Annotated[
+    str | None, typer.Option(metavar="T", help="Store weights in this type. Default: auto, that of the model's own files.")
+]
 Dtype = Annotated[str | None, typer.Option(metavar="T", help="float32, bfloat16, float16. Default: float32.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, or demo.")]
 
@@ -140,6 +143,7 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="For text and for random choices. Default: 42.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    store_dtype: StoreDtype = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -171,6 +175,7 @@ def prune(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "store_dtype": store_dtype,
         "trust_remote_code": trust_remote_code or None,
     }
     _run(recipe, given(flags), set_, overwrite=overwrite, dry_run=dry_run, resume=resume, json=json)
@@ -221,6 +226,7 @@ def recover(
     seed: Annotated[int | None, typer.Option(help="For what is held out and for the order. Default: 42.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    store_dtype: StoreDtype = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a recovery that was cut short.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -239,6 +245,7 @@ def recover(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "store_dtype": store_dtype,
         "trust_remote_code": trust_remote_code or None,
     }
     with answering(as_json=json) as answer:

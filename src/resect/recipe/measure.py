@@ -402,6 +402,11 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def storage_asked(name: str) -> torch.dtype | None:
+    """The type of a name; None for `auto`."""
+    return None if name == "auto" else dtype_of(name)
+
+
 def device_of(name: str) -> torch.device:
     """The device of a name, if it is there."""
     try:

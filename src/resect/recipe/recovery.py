@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from transformers import PreTrainedModel
 
 from resect.calibration import check_length, check_vocabulary
-from resect.checkpoint import load, load_tokenizer, save, verify
+from resect.checkpoint import load, load_tokenizer, round_to_storage, save, verify
 from resect.checkpoint.card import About
 from resect.checkpoint.load import find
 from resect.checkpoint.silence import quiet
@@ -30,7 +30,7 @@ from resect.files.outputs import located
 from resect.graph import trace
 from resect.plan import Pattern, Plan
 from resect.recipe.directories import discard, facts, fill, noting, progress_of, resumable
-from resect.recipe.measure import Announce, Stages, device_of, dtype_of
+from resect.recipe.measure import Announce, Stages, device_of, dtype_of, storage_asked
 from resect.recipe.reading import check_trust, laid_over, read_values
 from resect.recipe.schema import Recipe, RecoverySection, RecoverySettings, Section, Seed, _several, overlaid
 from resect.recovery import Recovery
@@ -60,6 +60,9 @@ class RecoveryRecipe(Section):
     seed: Seed = 42
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What is computed in."""
+    store_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights are stored in; `auto`: what the model's own files hold, where that is narrower than `dtype`."""
     trust_remote_code: bool = False
 
     def to_yaml(self) -> str:
@@ -118,6 +121,7 @@ def run_recovery(
         if "tensorboard" in recipe.settings.report_to:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory.with_name(f"{directory.name}.logs")))
         found, pattern = _recovered(recipe, progress, resume=resume, stages=stages)
+        round_to_storage(found.model, storage_asked(recipe.store_dtype))
         report = recovery_report(recipe.model_dump(mode="json"), found.facts)
         report.zeros_kept = _check_zeros(found.model, pattern)
         if main:
@@ -305,7 +309,8 @@ def _save(
     about = About(made.recipe or {"model": recipe.model}, {"calibration": made.report.get("calibration")}, recovery_card(report))
     with whole_directory(directory, overwrite=overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra, about=about)
+            stored = storage_asked(recipe.store_dtype)
+            saved = save(found.model, partial, tokenizer=tokenizer, extra_files=extra, about=about, dtype=stored)
             if found.adapter is not None:
                 found.adapter.save(partial / "adapter", base=recipe.model)
                 report.adapter = _adapter_note(recipe.model, pattern, saved.layout)

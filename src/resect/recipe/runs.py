@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from resect.calibration import HeldOut, check_length, check_vocabulary, check_windows
-from resect.checkpoint import Saved, load, load_tokenizer, save, verify
+from resect.checkpoint import Saved, load, load_tokenizer, round_to_storage, save, verify
 from resect.checkpoint.card import About, card
 from resect.checkpoint.load import find
 from resect.checkpoint.shipped import own_code_refusal, shipped_code
@@ -42,6 +42,7 @@ from resect.recipe.measure import (
     read_evaluation_texts,
     same_texts,
     same_tokens,
+    storage_asked,
     timed,
     weight_bytes,
 )
@@ -133,6 +134,9 @@ def _run(
     report.knowledge = analysed.model_dump(mode="json") if analysed else _knowledge(recipe)
     if recipe.recovery is not None and not dry_run:
         report.recovery = _recover(recipe, result, progress=progress, resume=resume, stages=stages)
+    if not dry_run:
+        assert isinstance(result.model, PreTrainedModel)
+        round_to_storage(result.model, storage_asked(recipe.store_dtype))
     if dry_run:
         files = _texts(recipe, report, stages) | {"plan.json": result.plan.to_json()} | _decided(result)
         _write_plan(directory, files, overwrite=overwrite)
@@ -287,7 +291,14 @@ def _save(
     assert isinstance(result.model, PreTrainedModel)
     with whole_directory(directory, overwrite=overwrite) as partial:
         with stages("save", f"save to {directory}"):
-            saved = save(result.model, partial, tokenizer=result.tokenizer, plan=result.plan, extra_files=_decided(result))
+            saved = save(
+                result.model,
+                partial,
+                tokenizer=result.tokenizer,
+                plan=result.plan,
+                extra_files=_decided(result),
+                dtype=storage_asked(recipe.store_dtype),
+            )
         with stages("verify", "verify in a fresh process"):
             report.reload_difference = verify(partial, result.model)
         report.saved = facts(saved, directory)

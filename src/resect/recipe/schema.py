@@ -187,6 +187,9 @@ class Recipe(Section):
     seed: Seed = 42
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What is computed in."""
+    store_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights are stored in; `auto`: what the model's own files hold, where that is narrower than `dtype`."""
     trust_remote_code: bool = False
 
     @field_validator("model")
