@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 import resect
 from resect.checkpoint import load, round_to_storage, save, verify
+from resect.errors import UsageError
 from tests.models import FAMILIES
 
 
@@ -63,3 +65,18 @@ def test_another_type_is_asked_for(tmp_path: Path) -> None:
     save(model, tmp_path / "out", dtype=torch.float32)
     assert stored(tmp_path / "out")[1] == "float32"
     assert verify(tmp_path / "out", model) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_a_cut_model_says_how_it_is_saved(layout: Any, tmp_path: Path) -> None:
+    model: Any = FAMILIES["llama"]()
+    resect.prune(model, keep=0.8, layout=layout, settings={"criterion": "l2"})
+    with pytest.raises(UsageError, match=r"Use resect\.save\(model, directory\)"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"Use resect\.save"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "step", state_dict=model.state_dict())  # as the Trainer does
+    assert (tmp_path / "step" / "model.safetensors").exists()
+    save(model, tmp_path / "out")
+    assert not load(tmp_path / "out").training

@@ -113,7 +113,7 @@ def _compare_elsewhere(model: nn.Module, elsewhere: Sequence[Witnessed], allowed
         try:
             with _widened(model):
                 outputs = run(model, situation, situation.inputs)
-                if situation.training:
+                if seen.learns:
                     learn(model, situation.inputs)
         except Exception as problem:  # whatever a stranger's code raises
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from itertools import count, islice
 from math import inf
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
 
 from resect.errors import ModelError, UsageError
 from resect.graph import VOCABULARY, Atom, Graph, Replay, Silence, kept_length, retrace, trace
@@ -79,7 +81,26 @@ def cut(model: nn.Module, plan: Plan, graph: Graph | None = None) -> nn.Module:
     renumber_alignment(model, plan, graph)
     model.resect_record = record  # type: ignore[assignment]
     model.resect_example = tree_map_only(Tensor, _empty, graph.witness.given or graph.witness.example)
+    guard_saving(model)
     return model
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Makes `save_pretrained` of a cut model refuse: its configuration is the dense one's, so that nothing would load.
+
+    Trainers hand the weights over and may go on: they load them into the model that they hold.
+    """
+    if isinstance(model, PreTrainedModel):
+        vars(model)["save_pretrained"] = partial(_save_for_trainers, model)
+
+
+def _save_for_trainers(model: PreTrainedModel, *args: Any, **keywords: Any) -> Any:
+    if "state_dict" not in keywords:
+        raise UsageError(
+            f"This {type(model).__name__} was cut, and its save_pretrained would write a directory that nothing can load. "
+            "Use resect.save(model, directory), which writes what from_pretrained loads."
+        )
+    return type(model).save_pretrained(model, *args, **keywords)
 
 
 def _empty(given: Tensor) -> Tensor:

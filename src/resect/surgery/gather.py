@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from resect.errors import ModelError, UsageError
-from resect.surgery.cut import Record, name_before
+from resect.surgery.cut import Record, guard_saving, name_before
 from resect.surgery.modeling_resect import CONVOLUTIONS, Gathered, outer_sizes, put
 from resect.surroundings import unaffected
 
@@ -47,6 +47,7 @@ def gather(model: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
         gathered[name_before(path, record.removed)] = counts
     if chosen:
         model.resect_record = record.model_copy(update={"gathered": gathered})  # type: ignore[assignment]
+        guard_saving(model)
     return model
 
 

@@ -43,6 +43,8 @@ class Witnessed:
 
     situation: Situation
     outputs: Tensor | None
+    learns: bool = False
+    """Whether gradients reach the first parameter."""
 
 
 def situations(inputs: Inputs, *, text: bool) -> Iterator[list[Situation]]:
@@ -93,12 +95,19 @@ def _witnessed(model: nn.Module, situation: Situation, keep: Tensor | None) -> W
         outputs = again = run(model, situation, inputs, keep=keep)
         if situation.training:
             again = run(model, situation, inputs, keep=keep, seed=1)
-            learn(model, inputs)
     except Exception:  # whatever a stranger's code raises: the network does not take this
         return None
     if not outputs.isfinite().all():
         return None
-    return Witnessed(situation, outputs if outputs.equal(again) else None)
+    return Witnessed(situation, outputs if outputs.equal(again) else None, situation.training and _learns(model, inputs))
+
+
+def _learns(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        learn(model, inputs)
+    except Exception:  # an operator without a gradient, a loss without labels
+        return False
+    return True
 
 
 def run(
