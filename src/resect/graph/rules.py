@@ -832,6 +832,8 @@ def _positions(call: Call, axis: Axis, size: int) -> Axis:
 def resample(call: Call) -> list[Axes]:
     """The last one to three axes hold positions, which are moved, padded or pooled and stay; the others pass."""
     axes, shape = _input(call), call.outputs[0].shape
+    if "fractional" in call.name:  # one number for every channel says where its windows lie
+        call.link(axes[1], call.axes_of(call.args[3])[1])
     spatial = len(axes) - int(re.findall(r"(\d)d", call.name)[-1])
     moved = zip(axes[spatial:], shape[spatial:], strict=True)
     result = [*axes[:spatial], *(_positions(call, axis, size) for axis, size in moved)]
@@ -934,16 +936,26 @@ def channel_shuffle(call: Call) -> list[Axes]:
     return [axes]
 
 
-@op_rule("aten.linalg_solve_triangular", "aten.linalg_inv_ex", "aten.triangular_solve")
+@op_rule("aten.linalg_solve_triangular", "aten.triangular_solve")
 def solve(call: Call) -> list[Axes]:
-    """Batches of equations: what indexes an equation is kept, the batch passes."""
-    left, right = call.axes_of(call.args[0]), call.axes_of(call.args[1])
+    """Batches of equations: what indexes an equation is kept, the batch and the right sides pass."""
+    swapped = call.name == "aten.triangular_solve"  # takes the right sides first, and hands the system on
+    left, right = (call.axes_of(call.args[place]) for place in ((1, 0) if swapped else (0, 1)))
     reason = f"a system of equations at {call.site}"
     for axis in (*left[-2:], right[-2]):
         freeze(axis, reason)
     for a, b in zip(left[:-2], right[:-2], strict=True):
         call.link(a, b)
-    return [right]
+    return [right, left] if swapped else [right]
+
+
+@op_rule("aten.linalg_inv_ex")
+def inverse(call: Call) -> list[Axes]:
+    """Batches of inverse matrices, and what went wrong with each."""
+    axes = _input(call)
+    for axis in axes[-2:]:
+        freeze(axis, f"a system of equations at {call.site}")
+    return [axes, axes[:-2]]
 
 
 # -- statistics over an axis -------------------------------------------------------------------------------------------
