@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -706,3 +707,14 @@ def test_lists_of_lists_are_blocks_where_something_inside_hands_on_the_stream() 
     graph = resect.trace(Parts().eval(), (words(),))
     assert graph.blocks.count == 3
     assert {group.layer for group in graph.of_kind("channels")} == {0, 1, 2}
+
+
+def test_a_state_that_a_cache_gives_back_is_the_networks_own() -> None:
+    """Recurrent states are left on a module and read with the next token only: no output, so they may be cut."""
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, lru_width=16
+    )
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    graph = resect.trace(model)
+    assert not any(one.reason == "an output of the network" and "rg_lru" in one.parameter for one in graph.frozen)
+    assert {member.parameter for group in graph.groups for member in group.members if "recurrent_param" in member.parameter}

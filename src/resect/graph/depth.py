@@ -230,12 +230,15 @@ def _feature_axis(visit: Visit, parameters: Mapping[str, Sequence[Axis]]) -> int
         return None
     inside = [axes for name, axes in parameters.items() if name.startswith(f"{visit.path}.")]
     learned = {atom for axes in inside for axis in axes for atom in leaves(axis)}
-    found = [number for number, axis in enumerate(visit.leaving) if learned.intersection(leaves(axis))]
-    if len(found) != 1:
+    pairs = list(zip(visit.entering, visit.leaving, strict=True))
+    found = [number for number, (_, axis) in enumerate(pairs) if learned.intersection(leaves(axis))]
+    changed = [number for number in found if leaves(pairs[number][0]) != leaves(pairs[number][1])]
+    if len(changed) > 1 or not found:
         return None
-    pairs = enumerate(zip(visit.entering, visit.leaving, strict=True))
-    kept = all(length(a) == length(b) and (length(a) > 1 or number == 0) for number, (a, b) in pairs if number != found[0])
-    return found[0] - len(visit.leaving) if kept else None
+    own = changed[0] if changed else found[-1]
+    others = [(number, a, b) for number, (a, b) in enumerate(pairs) if number != own]
+    kept = all(length(a) == length(b) and (length(a) > 1 or number == 0) for number, a, b in others)
+    return own - len(pairs) if kept else None
 
 
 def _size(path: str, parameters: Mapping[str, Sequence[Axis]]) -> int:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import DynamicCache
 
 from resect.errors import ModelError
 from resect.graph import rare_rules as _rare_rules  # noqa: F401 - registers rules
@@ -206,7 +207,28 @@ class _Stateful:
             )
         caching = (False, True) if "use_cache" in kwargs else ()
         tokens = [(args, kwargs), *((args, {**kwargs, "use_cache": cached}) for cached in caching)]
-        return any(self._differs(path, beside=None, example=example) for example in (self.example, *tokens))
+        if any(self._differs(path, beside=None, example=example) for example in (self.example, *tokens)):
+            return True
+        return bool(caching) and self._reads_on(path, tokens[-1])
+
+    def _reads_on(self, path: str, token: Inputs) -> bool:
+        """Whether a token after the example takes in what the module noted of it, with a cache."""
+        module, (args, kwargs) = self.model.get_submodule(path), self.example
+        watch = _Taken({id(one): name for name, one in self.model.named_modules()})
+        watch.mode = self.mode
+        try:
+            with self.mode or nullcontext(), torch.no_grad(), _traceable(self.model), _silent(), watch.watching():
+                config: Any = self.model.config
+                cache = {"past_key_values": DynamicCache(config=config)}
+                with watch:
+                    torch.func.functional_call(self.model, dict(self.state), args, {**kwargs, **cache, "use_cache": True})
+                held = [value for key, value in vars(module).items() if key not in TABLES_OF_MODULES]
+                watch.noted = {memory(tensor) for tensor in reachable(*held)}
+                with watch:
+                    torch.func.functional_call(self.model, dict(self.state), token[0], {**token[1], **cache})
+        except Exception:  # another kind of cache, or none
+            return False
+        return watch.hit
 
     def _differs(self, path: str, *, beside: str | None, example: Inputs | None = None) -> bool:
         before, _ = self._log({}, path, beside, example or self.example)
@@ -405,6 +427,17 @@ class Watcher(TorchDispatchMode):
     def _leave(self, module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
         self.left(self._path.pop(), (inputs, keywords), output)
         self.where = self._path[-1] if self._path else ""
+
+
+class _Taken(Watcher):
+    """Sees whether an operator takes in one of some tensors, by their memory."""
+
+    noted: Collection[int] = ()
+    hit = False
+
+    def seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], func: Any, outputs: list[Tensor]) -> None:
+        """Looks at what one operator takes in."""
+        self.hit = self.hit or any(memory(tensor) in self.noted for tensor in _tensors([args, kwargs]))
 
 
 class _Log(Watcher):
