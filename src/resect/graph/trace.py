@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,7 +23,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import DynamicCache
 
 from resect.errors import ModelError
 from resect.graph import rare_rules as _rare_rules  # noqa: F401 - registers rules
@@ -52,6 +52,9 @@ DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException",
 
 EXPERTS = "_experts_implementation_internal"
 """Where transformers keeps which kernel runs a mixture of experts: most look at the data, `batched_mm` does not."""
+
+CACHE = "DynamicCache"
+"""What transformers calls the cache that a model makes for itself."""
 
 PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that looks at the text to warn, and computes nothing."""
@@ -218,8 +221,7 @@ class _Stateful:
         watch.mode = self.mode
         try:
             with self.mode or nullcontext(), torch.no_grad(), _traceable(self.model), _silent(), watch.watching():
-                config: Any = self.model.config
-                cache = {"past_key_values": DynamicCache(config=config)}
+                cache = {"past_key_values": _cache_of(self.model)}
                 with watch:
                     torch.func.functional_call(self.model, dict(self.state), args, {**kwargs, **cache, "use_cache": True})
                 held = [value for key, value in vars(module).items() if key not in TABLES_OF_MODULES]
@@ -250,6 +252,13 @@ class _Stateful:
             inside = beside is not None and f"{watch.where}.".startswith(f"{beside}.")
             return watch.lines if inside else [*watch.lines, repr(problem)], not inside
         return watch.lines, True
+
+
+def _cache_of(model: nn.Module) -> Any:
+    """A cache of the kind that a language model's own code makes where it is given none."""
+    config = getattr(model, "config", None)
+    spaces = (vars(sys.modules[type(module).__module__]) for module in model.modules())
+    return next(space[CACHE](config=config) for space in spaces if CACHE in space)
 
 
 def _follow_training(
