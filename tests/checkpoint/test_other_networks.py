@@ -118,6 +118,16 @@ def test_a_uniform_encoder_is_stock(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
+def test_settings_of_processors_are_kept(tmp_path: Path) -> None:
+    dense, inputs = made("vit")
+    dense.save_pretrained(tmp_path / "dense")
+    file = "preprocessor_config.json"
+    (tmp_path / "dense" / file).write_text('{"image_processor_type": "ViTImageProcessor"}')
+    model: Any = transformers.ViTForImageClassification.from_pretrained(tmp_path / "dense").eval()
+    save(model, tmp_path / "out", plan=pruned(model, inputs).plan)
+    assert (tmp_path / "out" / file).read_text() == (tmp_path / "dense" / file).read_text()
+
+
 @pytest.mark.parametrize("name", ["whisper", "reward"])
 def test_a_fresh_process_puts_out_the_same(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)

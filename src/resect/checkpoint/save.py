@@ -27,11 +27,16 @@ from resect.checkpoint.stock import Stock, find_stock, shapes_of
 from resect.errors import CheckpointError, OtherLayout, UsageError
 from resect.evaluation import evaluating
 from resect.explain import telling
-from resect.files import check_directory, whole_directory
+from resect.files import check_directory, read_text, whole_directory
 from resect.surgery import embedding_table, modeling_resect
 from resect.surgery.adapters import check_merged
 from resect.surgery.modeling_resect import auto_classes, removed_by_list, shorten
 from resect.surroundings import unaffected
+
+PROCESSOR_FILES = tuple(
+    f"{name}_config.json" for name in ("preprocessor", "processor", "image_processor", "video_preprocessor", "feature_extractor")
+)
+"""What transformers calls the settings by which images, films and sound are prepared for a model."""
 
 
 @telling("save the model")
@@ -55,7 +60,7 @@ def save(
     The model is not changed. `extra_files` maps relative paths to text, `about` goes into the README. `inputs` are what the
     model is called with, like those of `resect.trace`; none are needed after a cut, nor for models of tokens alone.
     Weights are stored in `dtype`; by default in the type of the checkpoint that `load` read, where that is narrower than the
-    model's own.
+    model's own. Settings of processors beside the weights that the model was read from, in a local directory, are kept.
     A network that is no `PreTrainedModel` is written as its weights, the plan and what was cut: `load_into` gives them to a
     dense one that the caller builds. Raises
     `CheckpointError` when `directory` holds something and not `overwrite`, when writing fails, and when no configuration
@@ -74,7 +79,7 @@ def save(
     readme = card(saved, has_tokenizer=tokenizer is not None, about=about)
     files = {"resect.json": describe(saved, record), "README.md": readme}
     files |= {"plan.json": plan.to_json()} if plan is not None else {}
-    files |= extra_files or {}
+    files |= _processor_files(model) | dict(extra_files or {})
     with whole_directory(target, overwrite=overwrite, inputs=sources) as partial, quiet():
         stored = dtype or storage_of(model)
         if stored != model.dtype:
@@ -101,6 +106,14 @@ def _tell_layout(saved: Saved, plan: Any) -> None:
             ),
             stacklevel=4,
         )
+
+
+def _processor_files(model: PreTrainedModel) -> dict[str, str]:
+    """What says how images and sound are prepared, beside the weights that a model was read from."""
+    source = Path(model.name_or_path) if model.name_or_path else None
+    names = PROCESSOR_FILES if source is not None and source.is_dir() else ()
+    what = "the settings of a processor"
+    return {name: read_text(source / name, what=what) for name in names if source and (source / name).is_file()}
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
