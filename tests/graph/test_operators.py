@@ -57,6 +57,11 @@ def check(net: nn.Module, inputs: tuple[Tensor, ...], wanted: list[int]) -> None
     graph = resect.trace(net, inputs)
     found = sorted(group.units for group in graph.groups)
     assert set(wanted) <= set(found), f"{found}, frozen for {sorted({one.reason for one in graph.frozen})}"
+    against_zeros(net, graph, inputs)
+
+
+def against_zeros(net: nn.Module, graph: Graph, *examples: tuple[Tensor, ...]) -> None:
+    """Holds the network without a third of every group against zeros in all that went, which must change something."""
     zeros, small = copy.deepcopy(net), copy.deepcopy(net)
     state = {**dict(zeros.named_parameters()), **dict(zeros.named_buffers())}
     for group in graph.groups:
@@ -65,7 +70,10 @@ def check(net: nn.Module, inputs: tuple[Tensor, ...], wanted: list[int]) -> None
             if (member.parameter, member.axis) not in graph.spared:
                 state[member.parameter].data.index_fill_(member.axis, gone, 0)
     resect.cut(small, without_a_third(graph), graph)
-    torch.testing.assert_close(small(*inputs), zeros(*inputs), rtol=1e-9, atol=1e-12)
+    for inputs in examples:
+        expected = zeros(*inputs)
+        assert not torch.equal(expected, net(*inputs))
+        torch.testing.assert_close(small(*inputs), expected, rtol=1e-9, atol=1e-12)
 
 
 def images(channels: int = 3) -> Tensor:

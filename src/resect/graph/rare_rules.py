@@ -76,8 +76,12 @@ def embedding_bag(call: Call) -> list[Axes]:
     for tensor in call.tensors()[1:]:
         for axis in call.axes_of(tensor):
             freeze(axis, reason)
-    first = [fresh(call.outputs[0].shape[0], reason), columns]
-    return [first, *[_frozen(output, reason) for output in call.outputs[1:]]]
+    first = fresh(call.outputs[0].shape[0], reason)
+    rest = [
+        [first, columns] if output.ndim == 2 else _frozen(output, reason)  # the numbers of the largest
+        for output in call.outputs[1:]
+    ]
+    return [[first, columns], *rest]
 
 
 @op_rule("aten.scatter_reduce", "aten.index_reduce")

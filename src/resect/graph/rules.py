@@ -296,6 +296,7 @@ def _input(call: Call) -> Axes:
 @op_rule("aten.native_dropout", "aten.dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like")
 @op_rule("aten.empty_like", "aten.rand_like", "aten.bernoulli", "aten.copy", "aten.copy_", "aten.fill_")
 @op_rule("aten.masked_fill_", "aten.zero_", "aten.nan_to_num", "aten.polar", "aten.complex")
+@op_rule("aten.rsub")
 @op_rule("aten.hardswish", "aten._prelu_kernel", "aten.log_sigmoid_forward", "aten._conj", "aten.resolve_conj", "aten._neg_view")
 def pointwise(call: Call) -> list[Axes]:
     """Every output position depends on the same position of every input, sizes of one broadcast."""
@@ -713,12 +714,20 @@ def _look_up(call: Call, axis: Axis, numbers: Axis) -> None:
 @op_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
 def look_up(call: Call) -> list[Axes]:
     """An axis indexed by data; the others pass."""
-    axes, dim = _input(call), call.arg(1, "dim")
+    axes, dim, numbers = _input(call), call.arg(1, "dim"), call.arg(2, "index")
+    if call.name == "aten.take_along_dim":
+        dim, numbers = call.arg(2, "dim"), call.arg(1, "indices")
+    if dim is None:
+        raise Misaligned("positions of all axes are looked up")
     dim %= max(len(axes), 1)
     reason = f"positions are looked up at {call.site}"
-    _looked_up(call, axes[dim], call.arg(2, "index"))
+    given = call.axes_of(numbers)
+    _looked_up(call, axes[dim], numbers)
+    freeze(given[dim] if len(given) == len(axes) else given[-1], reason)
     axes[dim] = fresh(call.outputs[0].shape[dim], reason)
     for place, size in enumerate(call.outputs[0].shape):
+        if len(given) == len(axes) and place != dim and length(given[place]) > 1:  # a number for every position
+            call.link(axes[place], given[place])
         if length(axes[place]) != size:
             axes[place] = fresh(size, reason)
     return [axes]
@@ -825,30 +834,37 @@ def _positions(call: Call, axis: Axis, size: int) -> Axis:
 @op_rule(*[f"aten.{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)])
 @op_rule(*[f"aten.{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_max", "adaptive_avg") for rank in (1, 2, 3)])
 @op_rule("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices")
-@op_rule("aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d", "aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+@op_rule("aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d")
 @op_rule(*[f"aten.{name}{rank}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for rank in (1, 2, 3)])
 @op_rule("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d")
 @op_rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa")
 def resample(call: Call) -> list[Axes]:
     """The last one to three axes hold positions, which are moved, padded or pooled and stay; the others pass."""
     axes, shape = _input(call), call.outputs[0].shape
-    if "fractional" in call.name:  # one number for every channel says where its windows lie
-        call.link(axes[1], call.axes_of(call.args[3])[1])
     spatial = len(axes) - int(re.findall(r"(\d)d", call.name)[-1])
     moved = zip(axes[spatial:], shape[spatial:], strict=True)
     result = [*axes[:spatial], *(_positions(call, axis, size) for axis, size in moved)]
     return [list(result) for _ in call.outputs]
 
 
+@op_rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+def fractional_pool(call: Call) -> list[Axes]:
+    """Pooling over windows that start where numbers of every channel say: [batch, channels, spatial]."""
+    axes, samples = _input(call), call.axes_of(call.arg(3, "random_samples"))
+    _link_trailing(call, axes[: -int(call.name[-2])], samples[:-1])
+    return resample(call)
+
+
 @op_rule("aten.constant_pad_nd", "aten.pad")
 def pad(call: Call) -> list[Axes]:
     """Positions before and after those of an axis, which are segments of their own; a negative number takes some away."""
     axes, widths = _input(call), call.arg(1, "pad")
+    constant = call.name == "aten.constant_pad_nd" or call.arg(2, "mode", "constant") == "constant"
     for number, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
         dim = len(axes) - 1 - number
         size = call.outputs[0].shape[dim]
         if before or after:
-            channels = not _on_tokens([axes[dim]]) and any(not leaf.reason for leaf in below(axes[dim]))
+            channels = constant and not _on_tokens([axes[dim]]) and any(not leaf.reason for leaf in below(axes[dim]))
             axes[dim] = _padded(call, axes[dim], before, after) if channels else _positions(call, axes[dim], size)
     return [axes]
 
@@ -938,24 +954,24 @@ def channel_shuffle(call: Call) -> list[Axes]:
 
 @op_rule("aten.linalg_solve_triangular", "aten.triangular_solve")
 def solve(call: Call) -> list[Axes]:
-    """Batches of equations: what indexes an equation is kept, the batch and the right sides pass."""
-    swapped = call.name == "aten.triangular_solve"  # takes the right sides first, and hands the system on
-    left, right = (call.axes_of(call.args[place]) for place in ((1, 0) if swapped else (0, 1)))
-    reason = f"a system of equations at {call.site}"
-    for axis in (*left[-2:], right[-2]):
-        freeze(axis, reason)
-    for a, b in zip(left[:-2], right[:-2], strict=True):
+    """Batches of equations: what indexes an equation is kept, the batch passes."""
+    first, second = call.axes_of(call.args[0]), call.axes_of(call.args[1])
+    matrix, given = (second, first) if call.name == "aten.triangular_solve" else (first, second)
+    if tuple(map(length, matrix[:-2])) != tuple(map(length, given[:-2])):
+        raise Misaligned("equations of different batches")
+    unknown = given[-2] if call.kwargs.get("left", True) else given[-1]
+    freeze_all([*matrix[-2:], unknown], f"a system of equations at {call.site}")
+    for a, b in zip(matrix[:-2], given[:-2], strict=True):
         call.link(a, b)
-    return [right, left] if swapped else [right]
+    return [given, matrix][: len(call.outputs)]
 
 
 @op_rule("aten.linalg_inv_ex")
 def inverse(call: Call) -> list[Axes]:
-    """Batches of inverse matrices, and what went wrong with each."""
+    """Inverse matrices, which stay whole, and whether there are any; the batch passes."""
     axes = _input(call)
-    for axis in axes[-2:]:
-        freeze(axis, f"a system of equations at {call.site}")
-    return [axes, axes[:-2]]
+    freeze_all(axes[-2:], f"a system of equations at {call.site}")
+    return [axes, axes[:-2]][: len(call.outputs)]
 
 
 # -- statistics over an axis -------------------------------------------------------------------------------------------
@@ -976,7 +992,10 @@ def statistic(call: Call) -> list[Axes]:
             call.mix(axis)
         mark(axis, label="summed")
 
-    return _reduce(call, axes, call.arg(2 if is_length else 1, "dim"), note if is_length else call.mix)
+    dims = call.arg(2 if is_length else 1, "dim")
+    if isinstance(dims, bool):  # whether to correct a variance over all axes
+        dims = None
+    return _reduce(call, axes, dims, note if is_length else call.mix)
 
 
 def _is_order(order: Any) -> bool:
@@ -1001,6 +1020,8 @@ def total(call: Call) -> list[Axes]:
 @op_rule("aten.amin", "aten.min", "aten.argmin", "aten.prod", "aten.any", "aten.all", "aten.logsumexp")
 def reduction(call: Call) -> list[Axes]:
     """A reduction that zeroed positions would still take part in: the axis is kept whole."""
+    if len(call.tensors()) > 1:  # the smaller or larger one of two, position by position
+        return pointwise(call)
     reason = f"reduced over at {call.site}"
     return _reduce(call, _input(call), call.arg(1, "dim"), lambda axis: freeze(axis, reason))
 
@@ -1048,7 +1069,10 @@ def topk(call: Call) -> list[Axes]:
     axes = _input(call)
     dim = call.arg(2, "dim", -1) % len(axes)
     axis = axes[dim]
-    _contest(call, axis, dim, least=call.arg(1, "k"))
+    if call.arg(3, "largest", True):
+        _contest(call, axis, dim, least=call.arg(1, "k"))
+    else:  # what is masked would win
+        freeze(axis, f"the smallest positions are chosen at {call.site}")
     call.numbers[id(call.outputs[1])] = axis
     axes[dim] = fresh(call.outputs[0].shape[dim], f"chosen at {call.site}")
     return [list(axes), list(axes)]
@@ -1057,6 +1081,8 @@ def topk(call: Call) -> list[Axes]:
 @op_rule("aten.max", "aten.amax", "aten.argmax")
 def largest(call: Call) -> list[Axes]:
     """The largest position of an axis, or its number: a choice of one."""
+    if len(call.tensors()) > 1:
+        return reduction(call)
     axes, dims = _input(call), _dims(call, call.arg(1, "dim"), call.args[0].ndim)
     if len(dims) != 1 or not call.args[0].is_floating_point():
         return reduction(call)
@@ -1068,14 +1094,19 @@ def largest(call: Call) -> list[Axes]:
 
 @op_rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_")
 def scatter(call: Call) -> list[Axes]:
-    """Values put at numbered positions of one axis; the other axes pairwise."""
+    """Values put at numbered positions of one axis; the other axes pairwise.
+
+    Along that axis every value stays: masked ones have numbers too, and would still be put somewhere.
+    """
     axes, dim, index = _input(call), call.arg(1, "dim"), call.arg(2, "index")
     dim %= len(axes)
     nothing = call.zeros.nothing(call.args[0])
     _looked_up(call, axes[dim], index)
     for tensor in call.tensors()[1:]:
         for place, axis in enumerate(call.axes_of(tensor)):
-            if place != dim:
+            if place == dim:
+                freeze(axis, f"positions are looked up at {call.site}")
+            else:
                 call.link(axes[place], axis)
     if nothing and (numbers := call.numbers_of(index)) is not None:
         call.chosen[id(call.outputs[0])] = numbers
@@ -1117,7 +1148,8 @@ def index_put(call: Call) -> list[Axes]:
         if index is None:
             raise Misaligned("places along axes that are not the leading ones")
         covered += index.ndim if index.dtype == torch.bool else 1
-    for axis in axes[:covered]:
+    places = [axis for index in call.args[1] for axis in call.axes_of(index)]
+    for axis in (*axes[:covered], *places):
         freeze(axis, f"positions are looked up at {call.site}")
     _link_trailing(call, axes[covered:], values)
     return [axes]
