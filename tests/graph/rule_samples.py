@@ -55,8 +55,20 @@ class Shell:
                 found: Tensor = self.last(self.operation(self.first(x)))
                 return found
 
-        operation: Any = make()
-        net = Net(forward, first=self.first(), last=nn.Identity())
+        return self._around(forward, make())
+
+    def pair(self, operation: Callable[[Any, Any], Any], *, below: bool) -> nn.Module:
+        """The same with an operation of what two layers put out."""
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            with torch.inference_mode(below):
+                found: Tensor = self.last(self.operation(self.first(x), self.second(x)))
+                return found
+
+        return self._around(forward, operation, second=self.first())
+
+    def _around(self, forward: Callable[..., Any], operation: Any, **more: nn.Module) -> nn.Module:
+        net = Net(forward, first=self.first(), **more, last=nn.Identity())
         net.operation = operation
         net = net.double()
         with torch.no_grad():
@@ -101,6 +113,18 @@ def network(
 def passes(names: str, shell: Shell, operation: Operation, *units: int, below: bool = False) -> None:
     """Units that pass an operation: twelve, where nothing else is said."""
     layer(names, shell, lambda: operation, *(units or (12,)), below=below)
+
+
+def joins(
+    names: str,
+    shell: Shell,
+    operation: Callable[[Any, Any], Any],
+    *units: int,
+    below: bool = False,
+) -> None:
+    """An operation of what two layers put out, whose units are one: twelve, if nothing is said."""
+    build = functools.partial(shell.pair, operation, below=below)
+    network(names, build, shell.inputs, *(units or (12,)))
 
 
 def stays(names: str, shell: Shell, operation: Operation, *units: int, below: bool = False) -> None:
@@ -242,6 +266,8 @@ passes("new_empty", ROWS, lambda h: h + h.new_empty(h.shape).fill_(0.5))
 passes("empty_strided", ROWS, lambda h: h + torch.empty_strided(h.shape, h.stride()).fill_(0.5))
 passes("new_empty_strided", ROWS, lambda h: h + h.new_empty_strided(h.shape, h.stride()).fill_(0.5))
 
+refused("new_full", ROWS, lambda h: h * h.new_full((12,), 2.0), 12)
+refused("ones", ROWS, lambda h: h * torch.ones(12), 12)
 stays("arange", ROWS, lambda h: h * torch.arange(h.shape[-1]))
 passes("arange", TEXT, lambda h: h * torch.arange(h.shape[1])[:, None])
 stays("linspace", ROWS, lambda h: h * torch.linspace(0, 1, h.shape[-1], dtype=h.dtype))
@@ -261,6 +287,7 @@ stays("tril_indices", ROWS, lambda h: h[:, torch.tril_indices(3, 3)[0]] + h.sum(
 passes("view", TEXT, lambda h: h.view(-1, h.shape[-1]))
 passes("view", TEXT, lambda h: h.view(*h.shape[:2], -1, 3).relu().view(h.shape), 4)
 stays("view", ROWS, lambda h: h[:5].sum(0, keepdim=True).repeat(5, 1).view(4, 15))
+passes("view", ROWS, lambda h: h.view(h.shape[0], 4, -1).softmax(1).flatten(1), 3)
 passes("_unsafe_view", TEXT, lambda h: A._unsafe_view(h, (-1, h.shape[-1])))
 passes("reshape", TEXT, lambda h: h.reshape(-1, h.shape[-1]), below=True)
 passes(
@@ -383,6 +410,11 @@ def looked_up(h: Tensor) -> Tensor:
     return torch.arange(h.shape[0] - 1, -1, -1)
 
 
+def some_tokens(h: Tensor) -> Tensor:
+    """A mask of the first three tokens, with all their channels."""
+    return (torch.arange(h.shape[1]) < 3)[:, None].expand(h.shape)
+
+
 def chosen(h: Tensor) -> Tensor:
     """For every number of `h`, one of the first two rows."""
     return (h > 0).long()
@@ -435,7 +467,9 @@ stays(
     ROWS,
     lambda h: F.embedding_bag(chosen(h), h.t().contiguous())[:, :1] * h,
 )
+passes("nonzero index", ROWS, lambda h: h[(torch.arange(len(h)) > 1).nonzero()[:, 0]])
 passes("index_select", ROWS, lambda h: h.index_select(0, looked_up(h)))
+stays("index_select", ROWS, lambda h: h.index_select(1, torch.arange(12).flip(0)))
 stays("index_select", ROWS, lambda h: h.index_select(1, torch.tensor([3, 1, 0])))
 passes("gather", ROWS, lambda h: h.gather(0, chosen(h)))
 stays("gather", ROWS, lambda h: h.gather(1, chosen(h)))
@@ -635,6 +669,25 @@ layer(
     ),
     12,
 )
+layer(
+    "_native_batch_norm_legit",
+    ROWS,
+    lambda: Net(
+        lambda self, h: A._native_batch_norm_legit.no_stats(h, self.n.weight, self.n.bias, True, 0.1, 1e-5)[0],
+        n=nn.BatchNorm1d(12),
+    ),
+)
+layer(
+    "_native_batch_norm_legit_no_training",
+    ROWS,
+    lambda: Net(
+        lambda self, h: A._native_batch_norm_legit_no_training(
+            h, self.n.weight, self.n.bias, self.n.running_mean, self.n.running_var, 0.1, 1e-5
+        )[0],
+        n=nn.BatchNorm1d(12),
+    ),
+    12,
+)
 stays("native_batch_norm", TEXT, lambda h: F.batch_norm(h, None, None, training=True))
 stays("native_group_norm", IMAGES, lambda h: F.group_norm(h, 1))
 layer("native_group_norm", IMAGES, lambda: nn.GroupNorm(1, 12), 12)
@@ -655,6 +708,7 @@ stays(
     below=True,
 )
 passes("col2im", SOUND, lambda h: F.fold(h[..., :9], (6, 6), 2, stride=2).flatten(2), 3)
+passes("im2col col2im", IMAGES, lambda h: F.fold(F.unfold(h, 2, stride=2), (8, 8), 2, stride=2))
 passes("im2col", IMAGES, lambda h: F.unfold(h, 3).unsqueeze(-1))
 passes("unfold", IMAGES, lambda h: h.unfold(2, 3, 2).sum(-1))
 stays("unfold", ROWS, lambda h: h.unfold(1, 3, 2).mean(-1))
@@ -702,10 +756,11 @@ def a_grid(rank: int, h: Tensor) -> Tensor:
     return F.affine_grid(identity, list(h.shape), align_corners=False)
 
 
-def unpooled(rank: int, h: Tensor) -> Tensor:
-    """An image, or a volume, pooled and spread out again."""
+def unpooled(rank: int, h: Tensor, other: Tensor | None = None) -> Tensor:
+    """An image, or a volume, pooled and spread out again to where the largest were, or those of another."""
     pool, unpool = (F.max_pool2d, F.max_unpool2d) if rank == 2 else (F.max_pool3d, F.max_unpool3d)
-    found: Tensor = unpool(*pool(h, 2, return_indices=True), (2,) * rank)
+    _, places = pool(h if other is None else other, 2, return_indices=True)
+    found: Tensor = unpool(pool(h, 2), places, (2,) * rank)
     return found
 
 
@@ -915,3 +970,72 @@ stays("native_layer_norm", TEXT, lambda h: F.layer_norm(h, h.shape[-1:]))
 passes("native_layer_norm", IMAGES, lambda h: F.layer_norm(h, h.shape[2:]))
 layer("_fused_rms_norm", TEXT, lambda: FusedNorm(12), 12, below=True)
 layer("rms_norm", TEXT, lambda: nn.RMSNorm(12), 12, below=True)
+
+# -- what comes from two layers ----------------------------------------------------------------------------------------
+
+joins("add", TEXT, torch.add)
+joins("addcmul", ROWS, lambda h, k: torch.addcmul(h, k, k))
+joins("where", ROWS, lambda h, k: torch.where(k > 0, h, 0.1 * h))
+joins("max", ROWS, torch.max, below=True)
+joins("min", ROWS, torch.min, below=True)
+joins("polar view_as_real", ROWS, lambda h, k: torch.view_as_real(torch.polar(h.abs(), k)).sum(-1))
+joins("complex view_as_real", ROWS, lambda h, k: torch.view_as_real(torch.complex(h, k)).prod(-1))
+joins("copy", ROWS, lambda h, k: A.copy(h, k))
+joins("copy_", ROWS, lambda h, k: h.clone().copy_(k) * h)
+joins("masked_fill", ROWS, lambda h, k: h.masked_fill(k > 0, 2.0))
+joins("masked_fill_", ROWS, lambda h, k: h.clone().masked_fill_(k > 0, 2.0))
+joins("eq", ROWS, lambda h, k: (h.round() == k.round()).double())
+joins("glu", ROWS, lambda h, k: F.glu(torch.cat([h, k], 1)))
+joins("cat", TEXT, lambda h, k: torch.cat([h, k], 1))
+joins("concatenate", TEXT, lambda h, k: torch.concatenate([h, k], 1), below=True)
+joins("stack", ROWS, lambda h, k: torch.stack([h, k], 1))
+joins("cat split", ROWS, lambda h, k: torch.mul(*torch.cat([h, k], 1).split(h.shape[1], 1)))
+joins("expand_as", ROWS, lambda h, k: h[:, None].expand_as(k[:, None]) * k[:, None], below=True)
+passes("split", ROWS, lambda h: torch.cat(h.split(h.shape[1] // 3, 1)[::-1], 1), 4)
+passes("chunk", ROWS, lambda h: torch.cat(h.chunk(3, 1)[::-1], 1), 4, below=True)
+passes("tensor_split", ROWS, lambda h: torch.cat(h.tensor_split(3, 1)[::-1], 1), 4, below=True)
+passes("unsafe_split", ROWS, lambda h: torch.cat(torch.unsafe_split(h, h.shape[1] // 3, 1), 1), 4)
+joins("mm", ROWS, lambda h, k: h @ k.t() @ h)
+joins("bmm", TEXT, lambda h, k: torch.bmm(h, k.mT))
+joins("addmm", ROWS, lambda h, k: torch.addmm(h, h @ h.t(), k))
+joins("baddbmm", TEXT, lambda h, k: torch.baddbmm(h, torch.bmm(h, h.mT), k))
+joins("linear", ROWS, lambda h, k: F.linear(h, k)[:, :1] * h, below=True)
+joins("mv", ROWS, lambda h, k: torch.mv(h, k[0])[:, None] * h)
+joins("dot", ROWS, lambda h, k: torch.dot(h[0], k[0]) * h)
+joins("vdot", ROWS, lambda h, k: torch.vdot(h[0], k[0]) * h)
+joins("_trilinear", ROWS, lambda h, k: A._trilinear(h, k, k, [], [], [], [1])[:, None] * h)
+joins("gather", ROWS, lambda h, k: h.gather(0, chosen(k)))
+joins("take_along_dim", ROWS, lambda h, k: h.take_along_dim(chosen(k), 0), below=True)
+joins("scatter", ROWS, lambda h, k: h.scatter(0, chosen(k), k))
+joins("scatter_", ROWS, lambda h, k: h.sin().scatter_(0, chosen(h), k))
+joins("scatter_add", ROWS, lambda h, k: h.scatter_add(0, chosen(h), k))
+joins("scatter_add_", ROWS, lambda h, k: h.sin().scatter_add_(0, chosen(k), h))
+joins("scatter_reduce", ROWS, lambda h, k: h.scatter_reduce(0, chosen(h), k, "mean"))
+joins("index_add", ROWS, lambda h, k: h.index_add(0, looked_up(h), k))
+joins("index_add_", ROWS, lambda h, k: h.sin().index_add_(0, looked_up(h), k))
+joins("index_reduce", ROWS, lambda h, k: h.index_reduce(0, looked_up(h), k, "prod"))
+joins("index_put", ROWS, lambda h, k: h.index_put((looked_up(h),), k))
+joins("_unsafe_index_put", ROWS, lambda h, k: A._unsafe_index_put(h, [looked_up(h)], k))
+joins("masked_scatter", TEXT, lambda h, k: h.masked_scatter(h[..., :1] > 9, k), 11)
+joins("masked_scatter_", TEXT, lambda h, k: h.sin().masked_scatter_(some_tokens(h), k))
+joins(
+    "fractional_max_pool2d",
+    IMAGES,
+    lambda h, k: A.fractional_max_pool2d(h, [2, 2], [4, 4], k.detach().mean(3)[..., :2].sigmoid())[0],
+)
+joins(
+    "max_unpool2d",
+    IMAGES,
+    lambda h, k: unpooled(2, h, k),
+)
+joins(
+    "max_unpool3d",
+    VOLUMES,
+    lambda h, k: unpooled(3, h, k),
+)
+joins(
+    "linalg_solve_triangular",
+    IMAGES,
+    lambda h, k: torch.linalg.solve_triangular(h.triu() + 9 * torch.eye(8), k, upper=True),
+)
+joins("triangular_solve", IMAGES, lambda h, k: A.triangular_solve(k, h.triu() + 9 * torch.eye(8))[0])
