@@ -676,6 +676,7 @@ layer(
         lambda self, h: A._native_batch_norm_legit.no_stats(h, self.n.weight, self.n.bias, True, 0.1, 1e-5)[0],
         n=nn.BatchNorm1d(12),
     ),
+    12,
 )
 layer(
     "_native_batch_norm_legit_no_training",

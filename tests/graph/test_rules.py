@@ -122,7 +122,7 @@ def test_every_rule_that_keeps_something_whole_has_a_sample_of_that() -> None:
     functions = {name: rule.__name__ for name, rule in own.items()}
     whole = {name for sample in SAMPLES if sample.whole for name in sample.operators}
     keeping = {functions.get(name) for name in whole}
-    assert set(functions.values()) - keeping == PASSING
+    assert set(functions.values()) - keeping <= PASSING
 
 
 def is_pointwise(name: str) -> bool:
