@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import pytest
@@ -292,7 +292,15 @@ def outcomes(made: Architecture, seed: int) -> Counter[str]:
     return +found
 
 
-DRAWN = st.builds(Architecture, heads=st.integers(1, 4), groups=st.integers(1, 4), depth=st.integers(1, 3))
+SIZES = {
+    "depth": st.integers(1, 3),
+    "heads": st.integers(1, 4),
+    "groups": st.integers(1, 4),
+    "width": st.sampled_from((4, 6, 8)),
+}
+# A field with a default is drawn only where it is named.
+CHOICES: dict[str, Any] = {field.name: ... for field in fields(Architecture) if field.name not in SIZES}
+DRAWN = st.builds(Architecture, **SIZES, **CHOICES)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
