@@ -579,6 +579,24 @@ def test_one_head_is_left_to_an_einsum() -> None:
     torch.testing.assert_close(resect.cut(net, plan, graph)(ids), expected)
 
 
+def test_one_head_is_left_to_a_kernel_of_grouped_queries() -> None:
+    """torch repeats keys and values only where queries are more."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+    parts = {"q": nn.Linear(24, 32), "k": nn.Linear(24, 8), "v": nn.Linear(24, 8), "o": nn.Linear(32, 5)}
+    net = Net(forward, e=nn.Embedding(31, 24), **parts).double()
+    graph = resect.trace(net, (words(),))
+    (heads,) = graph.of_kind("heads")
+    plan = Plan(groups={heads.name: Kept(kind="heads", layer=heads.layer, units=4, keep=(2,))})
+    with resect.masked(net, plan, graph):
+        expected = net(words())
+    torch.testing.assert_close(resect.cut(net, plan, graph)(words()), expected)
+
+
 def test_views_like_another_tensor_couple() -> None:
     """A gate whose result is brought into the shape of what it gates: both have one width."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from resect.graph.rules import known
@@ -63,11 +64,11 @@ def _blank(kind: Any, like: Tensor) -> Any:
     return like.new_empty(0) if str(kind) == "Tensor" else 0
 
 
-class Einsums(TorchFunctionMode):
-    """Runs `torch.einsum` of two tensors as one product of matrices, whatever their sizes.
+class Steady(TorchFunctionMode):
+    """Runs the same operators at every size, where torch's own code runs fewer for one head that is left than for many.
 
-    torch leaves axes of one position out of the product, so that a network with one head left would run other operators
-    than it did with many.
+    `torch.einsum` of two tensors is one product of matrices: torch leaves axes of one position out of it. Attention of grouped
+    queries repeats keys and values, once too: torch leaves that out where there are as many as queries.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,6 +77,10 @@ class Einsums(TorchFunctionMode):
             operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
             if (plan := _Product.of(args[0], operands)) is not None:
                 return plan.run(*operands)
+        if func is F.scaled_dot_product_attention and kwargs and kwargs.get("enable_gqa") and len(args) >= 3:
+            query, *pair = args[:3]
+            repeated = [one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in pair]
+            return func(query, *repeated, *args[3:], **{**kwargs, "enable_gqa": False})
         return func(*args, **kwargs or {})
 
 

@@ -32,7 +32,7 @@ from resect.graph.couple import Run, couple
 from resect.graph.depth import Flow, Step, Visit
 from resect.graph.fakes import operate
 from resect.graph.groups import Frame, Graph, Loop, Operation
-from resect.graph.parts import RESTRIDING, Einsums, in_parts
+from resect.graph.parts import RESTRIDING, Steady, in_parts
 from resect.graph.sizes import Sizes, uncached
 from resect.graph.vocabulary import Vocabulary
 from resect.graph.zeros import Zeros, memory
@@ -1125,7 +1125,7 @@ def _traceable(model: nn.Module, *, training: bool = False) -> Iterator[_Changes
             if EXPERTS in values:
                 values[EXPERTS] = "batched_mm"
         changes.start()
-        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time(), torch.compiler.set_stance("force_eager"), keeper, Einsums():
+        with sdpa_kernel(SDPBackend.MATH), _one_operator_at_a_time(), torch.compiler.set_stance("force_eager"), keeper, Steady():
             yield changes
     finally:
         changes.undo()
